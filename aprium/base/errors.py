@@ -1,0 +1,41 @@
+"""Typed errors: every one names the offending value and the remedy.
+
+Raised at boundaries (user, file and network input); inside, the code asserts. `cli.main` prints
+the message of an `ApriumError` as one line, and the HTTP surface turns it into a JSON error.
+"""
+
+
+class ApriumError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(ApriumError):
+    """A configuration value, key or file cannot be used."""
+
+
+class CheckpointError(ApriumError):
+    """A checkpoint is missing, damaged, or does not match its configuration."""
+
+
+class TemplateError(ApriumError):
+    """A chat template is missing, fails to compile, or refuses the messages given."""
+
+
+class RequestError(ApriumError):
+    """A request asks for something that cannot be done (HTTP 400)."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnsupportedError(ApriumError):
+    """A flag or feature that other engines have and this one does not."""
+
+
+class EngineError(ApriumError):
+    """The engine has failed or has been closed; the message carries the cause."""
+
+
+class DataError(ApriumError):
+    """A training source or sample cannot be used."""

@@ -1,0 +1,183 @@
+"""The records that travel between stages: small frozen dataclasses of plain values.
+
+A stage never hands another an object of its own; it hands one of these, and every one of them can
+be written as JSON. Alignment rule for all per-token streams of a `Sample`: index t is about
+predicting `tokens[t]`, so index 0 has weight 0.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from aprium.base.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """One call of a tool; `arguments` is JSON text of an object."""
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation.
+
+    `reasoning` is the text between the thinking tags of an assistant turn; `tool_call_id` names
+    the call that a `tool` turn answers.
+    """
+
+    role: str
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose the next tokens of one request.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. Filters apply in
+    the order temperature, top-k, top-p, min-p. `logprobs` asks for that many alternatives at each
+    generated position, `prompt_logprobs` likewise for the prompt; 0 gives the chosen token alone.
+    `max_tokens` None means up to the model's context. `seed` makes one request reproducible
+    whatever it is batched with. Raises RequestError naming the field that is out of range.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        """Normalise sequences to tuples and check ranges."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+                raise RequestError(f"{name} must be a number, not {value!r}", param=name)
+            if not low <= value <= high:
+                bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise RequestError(f"{name} is {value}: it must be {bound}", param=name)
+        for name in ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise RequestError(f"{name} must be an integer, not {value!r}", param=name)
+        if self.top_p == 0:
+            raise RequestError("top_p is 0: use temperature=0 for greedy decoding", param="top_p")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise RequestError("stop must be non-empty strings", param="stop")
+        if any(isinstance(t, bool) or not isinstance(t, int) for t in self.stop_token_ids):
+            raise RequestError("stop_token_ids must be integers", param="stop_token_ids")
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("max_tokens", 0, math.inf),
+    ("temperature", 0, 100),
+    ("top_p", 0, 1),
+    ("top_k", 0, math.inf),
+    ("min_p", 0, 1),
+    ("seed", -(2**63), 2**63 - 1),
+    ("logprobs", 0, 100),
+    ("prompt_logprobs", 0, 100),
+    ("n", 1, 128),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sequence to generate: prompt token ids and how to continue them (`params.n` is 1)."""
+
+    id: str
+    tokens: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+# Alternatives at one position: token id -> natural-log probability, most probable first.
+TopLogprobs = Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What one engine step added to a request.
+
+    `tokens` and `logprobs` run in parallel; `top_logprobs` too where alternatives were asked for.
+    `prompt_logprobs` comes once, with the first delta, when asked for: entry 0 is None, entry t is
+    the log-probability of prompt token t given those before it. `finish` is None while running,
+    then "stop", "length" or "abort". `stop_reason` is the stop token id or string that matched.
+    """
+
+    id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
+    finish: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds a request spent: waiting for its first step, until its first token, and in all."""
+
+    queue_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A finished (or, while streaming, a growing) continuation of one prompt.
+
+    `tokens` includes the stop token where one ended the text; `text` leaves it and any stop string
+    out. `logprobs[i]` is the natural-log probability of `tokens[i]` under the model's own
+    distribution (before temperature and filters). `index` tells the n continuations of one prompt
+    apart. `finish` is "stop", "length" or "abort", None while streaming.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: str | None
+    index: int = 0
+    prompt_tokens: tuple[int, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
+    stop_reason: int | str | None = None
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One document or conversation for the trainer.
+
+    `ce_weight[t]` weighs the cross-entropy of predicting `tokens[t]`; `ce_weight[0]` is 0.
+    `domain` names the source, for per-domain loss figures.
+    """
+
+    tokens: tuple[int, ...]
+    ce_weight: tuple[float, ...]
+    domain: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the alignment rule."""
+        assert len(self.tokens) == len(self.ce_weight) > 0, "tokens and weights must align"
+        assert self.ce_weight[0] == 0.0, "index 0 predicts nothing"

@@ -1,0 +1,156 @@
+"""Weights of a model: linear layers and stacks of experts in the format that their file has.
+
+A module's parameters are the file's tensors, kept as stored; the format is a property of each
+matrix. The reference path turns a matrix into the activation dtype where it is used and keeps
+nothing. Formats: None (stored as BF16, F32 or F16), "fp8" (one scale a matrix), "nvfp4" and
+"w4a16_nvfp4" (codes, block scales, one global scale). Activations stay unquantised here, so an
+`input_scale` is carried for saving and not read. Source: docs/numerics.md.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aprium.base.errors import CheckpointError
+from aprium.model.config import QuantConfig
+from aprium.ops import fp8, nvfp4
+from aprium.ops.matmul import linear
+
+NVFP4_BLOCK = 16
+
+
+def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+class Matrix(nn.Module):
+    """A weight [*lead, out, in] in one of the formats; `lead` is (E,) for a stack of experts.
+
+    Raises CheckpointError when the input width does not divide into NVFP4 blocks.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], fmt: str | None, layout: str, dtype: torch.dtype, name: str
+    ) -> None:
+        super().__init__()
+        self.format, self.layout = fmt, layout
+        *lead, rows, columns = shape
+        head = tuple(lead)
+        if fmt is None:
+            self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+        elif fmt == "fp8":
+            self.weight = _frozen(shape, torch.float8_e4m3fn)
+            self.weight_scale = _frozen(head, torch.float32)
+            self.input_scale = _frozen(head, torch.float32)
+        elif fmt in ("nvfp4", "w4a16_nvfp4"):
+            if columns % NVFP4_BLOCK:
+                raise CheckpointError(f"{name}: input width {columns} is not a multiple of 16")
+            packed, scales = (*head, rows, columns // 2), (*head, rows, columns // NVFP4_BLOCK)
+            scalar = (*head, 1) if layout == "compressed-tensors" else head
+            names = NVFP4_NAMES[layout]
+            self.register_parameter(names[0], _frozen(packed, torch.uint8))
+            self.weight_scale = _frozen(scales, torch.float8_e4m3fn)
+            self.register_parameter(names[1], _frozen(scalar, torch.float32))
+            if fmt == "nvfp4":
+                self.register_parameter(names[2], _frozen(scalar, torch.float32))
+        else:
+            raise CheckpointError(f"{name}: unknown weight format {fmt!r}")
+
+    def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
+        """Return the matrix (of one expert of a stack) as values of `dtype`, [out, in]."""
+
+        def pick(name: str) -> Tensor:
+            tensor = getattr(self, name)
+            return tensor if expert is None else tensor[expert]
+
+        if self.format is None:
+            return pick("weight").to(dtype)
+        if self.format == "fp8":
+            return fp8.dequantize(pick("weight"), pick("weight_scale")).to(dtype)
+        packed, scale_2, _ = NVFP4_NAMES[self.layout]
+        decode = nvfp4.dequantize
+        if self.layout == "compressed-tensors":
+            decode = nvfp4.dequantize_divided
+        return decode(pick(packed), pick("weight_scale"), pick(scale_2)).to(dtype)
+
+
+# Layout -> tensor names of NVFP4 codes, global weight scale and global input scale.
+NVFP4_NAMES = {
+    "modelopt": ("weight", "weight_scale_2", "input_scale"),
+    "compressed-tensors": ("weight_packed", "weight_global_scale", "input_global_scale"),
+}
+
+
+class Linear(Matrix):
+    """y = x W^T + b over packed tokens; W is looked up in `quant` by the module's disk name.
+
+    `kv_scale` names the FP8 cache scale ("k_scale" or "v_scale") that the module carries, if any.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        name: str,
+        quant: QuantConfig,
+        dtype: torch.dtype,
+        bias: bool = False,
+        kv_scale: str | None = None,
+    ) -> None:
+        fmt = quant.formats.get(name)
+        super().__init__((out_features, in_features), fmt, quant.layout, dtype, name)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+        if kv_scale is not None:
+            self.register_parameter(kv_scale, _frozen((), torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [T, in] to [T, out] in the dtype of `x`."""
+        return linear(x, self.dense(x.dtype), self.bias)
+
+
+class Experts(nn.Module):
+    """The routed experts of one layer: stacked up [E, I, d] and down [E, d, I], no bias."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden: int,
+        *,
+        name: str,
+        quant: QuantConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        for matrix, shape in (("up_proj", (hidden, dim)), ("down_proj", (dim, hidden))):
+            formats = {quant.formats.get(f"{name}.{e}.{matrix}") for e in range(num_experts)}
+            if len(formats) > 1:
+                found = ", ".join(sorted(str(f or "unquantised") for f in formats))
+                raise CheckpointError(
+                    f"{name}: experts of one layer store {matrix} in several formats ({found}); "
+                    "requantise them to one"
+                )
+            stack = Matrix((num_experts, *shape), formats.pop(), quant.layout, dtype, name)
+            self.add_module(matrix, stack)
+
+    def apply_expert(self, dtype: torch.dtype) -> Callable[[int, Tensor], Tensor]:
+        """Return a function that runs expert e on rows [R, d]: down(relu(up(rows))^2).
+
+        Dense stacks are split once, so that a backward pass assembles each gradient once.
+        """
+        pick_up, pick_down = (_picker(self.get_submodule(m), dtype) for m in ("up_proj", "down_proj"))
+
+        def apply(expert: int, rows: Tensor) -> Tensor:
+            return linear(F.relu(linear(rows, pick_up(expert))).square(), pick_down(expert))
+
+        return apply
+
+
+def _picker(stack: nn.Module, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    assert isinstance(stack, Matrix)
+    if stack.format is None:
+        return stack.weight.unbind(0).__getitem__
+    return lambda expert: stack.dense(dtype, expert)

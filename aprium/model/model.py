@@ -1,0 +1,475 @@
+"""The model: Mamba-2, attention, MLP and MoE blocks, prediction head, and `forward`.
+
+One file for the whole family, in every use: training (no state), prefill, decode and verification
+(a state). It knows nothing of files, requests or optimisers. Module names are the checkpoint's
+names. Source: docs/architecture.md, which cites the papers.
+Letters: T packed tokens, S sequences, D model, H heads, K KV heads, P head dim, N SSM state,
+G groups, E experts, A active experts, L latent, V vocabulary.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aprium.model.config import ModelConfig, QuantConfig
+from aprium.model.layout import Layout
+from aprium.model.linear import Experts, Linear
+from aprium.model.state import HybridState
+from aprium.ops import attention, conv, moe, ssd
+from aprium.ops.activation import sigmoid, silu
+from aprium.ops.matmul import linear
+from aprium.ops.norm import gated_group_norm, rms_norm
+
+
+class Routing(NamedTuple):
+    """What one MoE layer decided: scores [T, E] with gradients, experts int64 [T, A]."""
+
+    name: str
+    scores: Tensor
+    experts: Tensor
+
+
+class Build(NamedTuple):
+    """What every block needs to make its parameters."""
+
+    config: ModelConfig
+    quant: QuantConfig
+    dtype: torch.dtype
+
+    def linear(self, name: str, inputs: int, outputs: int, bias: bool = False) -> Linear:
+        """Make the linear layer whose name on disk is `name`."""
+        backbone = name.startswith("backbone.")
+        scales = {"k_proj": "k_scale", "v_proj": "v_scale"} if self.quant.kv_scales else {}
+        return Linear(
+            inputs,
+            outputs,
+            name=name,
+            quant=self.quant,
+            dtype=self.dtype,
+            bias=bias,
+            kv_scale=scales.get(name.rsplit(".", 1)[-1]) if backbone else None,
+        )
+
+    def vector(self, *shape: int) -> nn.Parameter:
+        """Make a parameter that is never quantised."""
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype))
+
+
+class Context(NamedTuple):
+    """What a mixer needs of the step: the layout, the state, and this layer's place in it."""
+
+    layout: Layout
+    state: HybridState | None
+    index: int
+    routing: list[Routing] | None
+
+
+class Norm(nn.Module):
+    """RMSNorm with a plain weight."""
+
+    def __init__(self, build: Build, size: int) -> None:
+        super().__init__()
+        self.weight = build.vector(size)
+        self.eps = build.config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [T, D]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Conv1d(nn.Module):
+    """Parameters of the depthwise convolution, in the file's shape [channels, 1, kernel]."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        config = build.config
+        self.weight = build.vector(config.conv_dim, 1, config.conv_kernel)
+        self.bias = build.vector(config.conv_dim) if config.conv_bias else None
+
+
+class Mamba(nn.Module):
+    """Mamba-2 mixer: projection, convolution, state-space recurrence, gated group norm."""
+
+    def __init__(self, build: Build, name: str) -> None:
+        super().__init__()
+        config = self.config = build.config
+        bias = config.mamba_proj_bias
+        self.in_proj = build.linear(
+            f"{name}.in_proj", config.hidden_size, config.in_proj_dim, bias
+        )
+        self.conv1d = Conv1d(build)
+        self.A_log = build.vector(config.mamba_num_heads)
+        self.D = build.vector(config.mamba_num_heads)
+        self.dt_bias = build.vector(config.mamba_num_heads)
+        self.norm = Norm(build, config.mamba_inner)
+        self.out_proj = build.linear(
+            f"{name}.out_proj", config.mamba_inner, config.hidden_size, bias
+        )
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Mix `x` [T, D] along each sequence; updates the state where there is one."""
+        config, layout = self.config, context.layout
+        inner, groups, size = config.mamba_inner, config.num_groups, config.ssm_state_size
+        widths = (inner, config.conv_dim, config.mamba_num_heads)
+        gate, mixed, dt = self.in_proj(x).split(widths, -1)
+        mixed = silu(self._convolve(mixed, context))
+        u, b, c = mixed.float().split((inner, groups * size, groups * size), -1)
+        u = u.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
+        b, c = (t.unflatten(-1, (groups, size)) for t in (b, c))
+        dt = ssd.step_size(dt, self.dt_bias, config.time_step_limit)
+        a, d = -torch.exp(self.A_log.float()), self.D.float()
+        if context.state is None:
+            y = ssd.chunked(u, dt, a, b, c, d, layout.segment_ids, config.chunk_size)
+        else:
+            assert layout.slots is not None
+            buffer = context.state.ssm[context.index]
+            before = buffer[layout.slots] * layout.has_context[:, None, None, None]
+            y, after = ssd.scan(u, dt, a, b, c, d, layout.starts, layout.lengths, before)
+            buffer[layout.slots] = after
+        y = y.flatten(-2)
+        y = gated_group_norm(y, gate, self.norm.weight, groups, config.norm_eps)
+        return self.out_proj(y)
+
+    def _convolve(self, mixed: Tensor, context: Context) -> Tensor:
+        layout, weight = context.layout, self.conv1d.weight.squeeze(1)
+        if context.state is None:
+            return conv.causal_conv(mixed, weight, self.conv1d.bias, layout.positions)
+        assert layout.slots is not None
+        buffer = context.state.conv[context.index]
+        tail = buffer[layout.slots] * layout.has_context[:, None, None]
+        starts = torch.tensor(layout.starts, device=mixed.device)
+        lengths = torch.tensor(layout.lengths, device=mixed.device)
+        buffer[layout.slots] = conv.conv_tail(mixed, starts, lengths, tail)
+        history = tail[layout.segment_ids].to(mixed.dtype)
+        return conv.causal_conv(mixed, weight, self.conv1d.bias, layout.positions, history)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with no positional encoding."""
+
+    def __init__(self, build: Build, name: str) -> None:
+        super().__init__()
+        config = self.config = build.config
+        dim, bias = config.hidden_size, config.attention_bias
+        wide, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        self.q_proj = build.linear(f"{name}.q_proj", dim, wide, bias)
+        self.k_proj = build.linear(f"{name}.k_proj", dim, narrow, bias)
+        self.v_proj = build.linear(f"{name}.v_proj", dim, narrow, bias)
+        self.o_proj = build.linear(f"{name}.o_proj", wide, dim, bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Mix `x` [T, D] along each sequence; appends to the state's pages where there is one."""
+        layout, head_dim = context.layout, self.config.head_dim
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if context.state is None:
+            out = attention.packed(q, k, v, layout.starts, layout.lengths)
+        else:
+            assert layout.pages is not None
+            keys, values = (t[context.index] for t in (context.state.keys, context.state.values))
+            for start, length, first, ids in zip(
+                layout.starts, layout.lengths, layout.context, layout.pages, strict=True
+            ):
+                rows = slice(start, start + length)
+                attention.write_pages(keys, k[rows], ids, first)
+                attention.write_pages(values, v[rows], ids, first)
+            out = attention.paged(
+                q, keys, values, layout.starts, layout.lengths, layout.context, layout.pages
+            )
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    """Two matrices around a squared ReLU: a dense layer, or the shared expert."""
+
+    def __init__(self, build: Build, name: str, hidden: int) -> None:
+        super().__init__()
+        dim, bias = build.config.hidden_size, build.config.mlp_bias
+        self.up_proj = build.linear(f"{name}.up_proj", dim, hidden, bias)
+        self.down_proj = build.linear(f"{name}.down_proj", hidden, dim, bias)
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Map `x` [T, D] to [T, D], each token by itself."""
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class Gate(nn.Module):
+    """Parameters of the router: weight [E, D] and the bias that steers selection only."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        config = build.config
+        self.weight = build.vector(config.num_experts, config.hidden_size)
+        self.e_score_correction_bias = nn.Parameter(
+            torch.empty(config.num_experts, dtype=torch.float32), requires_grad=False
+        )
+
+
+class MoE(nn.Module):
+    """Routed experts, in a latent space where the model has one, plus a shared expert."""
+
+    def __init__(self, build: Build, name: str) -> None:
+        super().__init__()
+        config = self.config = build.config
+        self.name = name
+        self.gate = Gate(build)
+        self.experts = Experts(
+            config.num_experts,
+            config.expert_dim,
+            config.expert_intermediate_size,
+            name=f"{name}.experts",
+            quant=build.quant,
+            dtype=build.dtype,
+        )
+        self.shared_experts = MLP(
+            build, f"{name}.shared_experts", config.shared_expert_intermediate_size
+        )
+        if config.latent_size is not None:
+            dim, latent, bias = config.hidden_size, config.latent_size, config.mlp_bias
+            self.fc1_latent_proj = build.linear(f"{name}.fc1_latent_proj", dim, latent, bias)
+            self.fc2_latent_proj = build.linear(f"{name}.fc2_latent_proj", latent, dim, bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Map `x` [T, D] to [T, D]; appends to `context.routing` where a list is given."""
+        config = self.config
+        scores = sigmoid(linear(x.float(), self.gate.weight))
+        weights, experts = moe.route(
+            scores,
+            self.gate.e_score_correction_bias,
+            num_active=config.num_active_experts,
+            num_groups=config.num_router_groups,
+            num_active_groups=config.num_active_router_groups,
+            normalise=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+        )
+        if context.routing is not None:
+            context.routing.append(Routing(self.name, scores, experts))
+        apply = self.experts.apply_expert(x.dtype)
+        if config.latent_size is None:
+            routed = moe.grouped_experts(x, weights, experts, apply)
+        else:
+            latent = self.fc1_latent_proj(x)
+            routed = self.fc2_latent_proj(moe.grouped_experts(latent, weights, experts, apply))
+        return routed + self.shared_experts(x)
+
+
+MIXERS = {"mamba": Mamba, "attention": Attention, "moe": MoE}
+
+
+def _mixer(build: Build, kind: str, name: str) -> nn.Module:
+    if kind == "mlp":
+        return MLP(build, name, build.config.intermediate_size)
+    return MIXERS[kind](build, name)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)): every layer of the family has exactly one mixer."""
+
+    def __init__(self, build: Build, kind: str, name: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = Norm(build, build.config.hidden_size)
+        self.mixer = _mixer(build, kind, f"{name}.mixer")
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Map the residual stream `x` [T, D] to [T, D]."""
+        return x + self.mixer(self.norm(x), context)
+
+
+class Embeddings(nn.Module):
+    """The token table [V, D]."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        self.weight = build.vector(build.config.vocab_size, build.config.hidden_size)
+
+
+class Backbone(nn.Module):
+    """Embedding, the layers, and the last norm."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        config = build.config
+        self.embeddings = Embeddings(build)
+        self.layers = nn.ModuleList(
+            Block(build, kind, f"backbone.layers.{i}") for i, kind in enumerate(config.layers)
+        )
+        self.norm_f = Norm(build, config.hidden_size)
+
+
+class PredictionLayer(Block):
+    """One layer of the prediction head; its first also joins the inputs, its last normalises."""
+
+    def __init__(self, build: Build, kind: str, name: str, *, first: bool, last: bool) -> None:
+        super().__init__(build, kind, name)
+        dim = build.config.hidden_size
+        if first:
+            self.enorm, self.hnorm = Norm(build, dim), Norm(build, dim)
+            self.eh_proj = build.linear(f"{name}.eh_proj", 2 * dim, dim)
+        if last:
+            self.final_layernorm = Norm(build, dim)
+
+
+class PredictionHead(nn.Module):
+    """Multi-token prediction: all physical heads' layers in one flat list, as in the files."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        kinds = build.config.mtp_layers
+        self.layers = nn.ModuleList(
+            PredictionLayer(
+                build,
+                kind,
+                f"mtp.layers.{head * len(kinds) + i}",
+                first=i == 0,
+                last=i == len(kinds) - 1,
+            )
+            for head in range(build.config.num_mtp_layers)
+            for i, kind in enumerate(kinds)
+        )
+
+
+class HybridModel(nn.Module):
+    """A model of the family.
+
+    Build it under `torch.device("meta")` to know every parameter without memory. `dtype` is that
+    of unquantised parameters until a file says otherwise; `compute_dtype` that of activations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        quant: QuantConfig | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.quant = quant or QuantConfig()
+        self.compute_dtype = compute_dtype
+        build = Build(config, self.quant, dtype)
+        self.backbone = Backbone(build)
+        if not config.tie_embeddings:
+            self.lm_head = build.linear("lm_head", config.hidden_size, config.vocab_size)
+        if config.num_mtp_layers:
+            self.mtp = PredictionHead(build)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        state: HybridState | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Tensor:
+        """Return the hidden states after the last norm, [T, D], of `tokens` int64 [T].
+
+        With a `state`, each segment continues its sequence and the state is advanced in place.
+        `routing` collects one record per MoE layer.
+        """
+        x = self._embed(tokens)
+        indices = {"mamba": 0, "attention": 0}
+        for block in self.backbone.layers:
+            assert isinstance(block, Block)
+            index = indices.get(block.kind, 0)
+            x = block(x, Context(layout, state, index, routing))
+            if block.kind in indices:
+                indices[block.kind] += 1
+        return self.backbone.norm_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states [R, D] to float32 logits [R, V]."""
+        if self.config.tie_embeddings:
+            return linear(hidden, self.backbone.embeddings.weight).float()
+        return self.lm_head(hidden).float()
+
+    def predict(
+        self,
+        hidden: Tensor,
+        next_tokens: Tensor,
+        layout: Layout,
+        state: HybridState | None = None,
+        routing: list[Routing] | None = None,
+        depth: int = 0,
+    ) -> Tensor:
+        """Run the prediction head once: from position t and token t + 1 towards token t + 2.
+
+        `hidden` [T, D] is what `forward` returned, or for the next depth what this returned;
+        `next_tokens` int64 [T]. A model with one physical head uses it at every `depth`. Returns
+        [T, D]; `logits` of it predict the token after `next_tokens`.
+        """
+        config = self.config
+        size, head = len(config.mtp_layers), min(depth, config.num_mtp_layers - 1)
+        layers = list(self.mtp.layers)[head * size : (head + 1) * size]
+        first, last = layers[0], layers[-1]
+        assert isinstance(first, PredictionLayer) and isinstance(last, PredictionLayer)
+        embedded = first.enorm(self._embed(next_tokens))
+        x = first.eh_proj(torch.cat((embedded, first.hnorm(hidden)), -1))
+        index = config.layers.count("attention")
+        for block in layers:
+            x = block(x, Context(layout, state, index, routing))
+            index += isinstance(block, Block) and block.kind == "attention"
+        return last.final_layernorm(x)
+
+    def draft(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        layouts: list[Layout],
+        state: HybridState,
+    ) -> Tensor:
+        """Draft greedily, each step one token a sequence, with the head applied to its own output.
+
+        `hidden` [S, D] of the last token of each sequence and `tokens` int64 [S] that follow it;
+        `layouts[i]` places the i-th drafting step (one token a sequence) in the head's KV pages of
+        `state`, which are written. Returns int64 [S, len(layouts)].
+        """
+        drafted = []
+        for depth, layout in enumerate(layouts):
+            hidden = self.predict(hidden, tokens, layout, state, depth=depth)
+            tokens = self.logits(hidden).argmax(-1)
+            drafted.append(tokens)
+        return torch.stack(drafted, 1)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.backbone.embeddings.weight).to(self.compute_dtype)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Initialise all parameters as the family is initialised before training.
+
+        Normal with the configured deviation, mixer outputs shrunk by the square root of the
+        number of layers; A = 1..H, D = 1, step sizes log-uniform. Source: Mamba-2 section 9.
+        """
+        config = self.config
+        shrink = math.sqrt(len(config.layers)) if config.rescale_prenorm_residual else 1.0
+        for name, parameter in self.named_parameters():
+            *_, module, leaf = ("", *name.split("."))
+            if "norm" in module or leaf == "D":
+                parameter.fill_(1.0)
+            elif leaf == "A_log":
+                steps = torch.arange(1, parameter.numel() + 1, device=parameter.device)
+                parameter.copy_(steps.float().log())
+            elif leaf == "dt_bias":
+                parameter.copy_(self._initial_dt_bias(parameter.numel(), generator))
+            elif leaf in ("bias", "e_score_correction_bias"):
+                parameter.zero_()
+            elif module == "conv1d":
+                bound = 1 / math.sqrt(config.conv_kernel)
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+            else:
+                scale = config.initializer_range
+                if module in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj"):
+                    scale /= shrink
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, scale, generator=generator))
+
+    def _initial_dt_bias(self, count: int, generator: torch.Generator) -> Tensor:
+        config = self.config
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        drawn = torch.rand(count, generator=generator) * (high - low) + low
+        steps = drawn.exp().clamp(min=config.time_step_floor)
+        return steps + torch.log(-torch.expm1(-steps))  # inverse of softplus

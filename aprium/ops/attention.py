@@ -1,0 +1,104 @@
+"""Causal grouped-query attention without positions (NoPE), packed and over paged keys and values.
+
+`paged` is what generation uses. It takes keys in blocks on a fixed grid of the sequence's own
+positions and merges them in order with the online softmax, so a query's result does not depend on
+how its prompt was chunked or batched: a block that lies wholly after a query changes nothing, bit
+for bit. `packed` serves training through PyTorch's fused kernel, equal up to rounding.
+Source: arXiv 2205.14135 for the online softmax; docs/architecture.md for the absence of positions.
+Letters: T packed tokens, H query heads, K KV heads, P head dim, Q page size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aprium.ops.matmul import ROW_TILE
+
+KEY_BLOCK = 256
+# Query tokens worked on together; bounds the memory of scores.
+_QUERY_TILE = 256
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Attend within each segment; `q` [T, H, P], `k`, `v` [T, K, P]. Returns [T, H, P]."""
+    outputs = []
+    for start, length in zip(starts, lengths, strict=True):
+        rows = slice(start, start + length)
+        one = (t[rows].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def write_pages(pages: Tensor, new: Tensor, page_ids: Tensor, first: int) -> None:
+    """Store `new` [L, K, P] at positions first, first + 1, ... of one sequence.
+
+    `pages` [num_pages, Q, K, P] is mutated; `page_ids` int64 are the sequence's pages in order.
+    """
+    page_size = pages.shape[1]
+    position = torch.arange(first, first + new.shape[0], device=new.device)
+    pages[page_ids[position // page_size], position % page_size] = new.to(pages.dtype)
+
+
+def paged(
+    q: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    context: Sequence[int],
+    page_ids: Sequence[Tensor],
+) -> Tensor:
+    """Attend each segment's queries to its sequence's paged keys and values, its own included.
+
+    `q` [T, H, P]; `key_pages`, `value_pages` [num_pages, Q, K, P] already hold the step's tokens;
+    sequence i has `context[i]` tokens before its `lengths[i]` new ones. Returns [T, H, P].
+    """
+    out = torch.empty_like(q)
+    for start, length, done, ids in zip(starts, lengths, context, page_ids, strict=True):
+        end = done + length
+        used = ids[: -(-end // key_pages.shape[1])]
+        keys, values = (_gather(p, used, end, q.dtype) for p in (key_pages, value_pages))
+        for begin in range(0, length, _QUERY_TILE):
+            rows = slice(start + begin, start + min(begin + _QUERY_TILE, length))
+            out[rows] = _attend(q[rows], keys, values, done + begin)
+    return out
+
+
+def _gather(pages: Tensor, ids: Tensor, end: int, dtype: torch.dtype) -> Tensor:
+    """Return the first `end` positions as [blocks, K, KEY_BLOCK, P], zeros after them."""
+    flat = pages[ids].flatten(0, 1)[:end].to(dtype)
+    flat = F.pad(flat, (0, 0, 0, 0, 0, -end % KEY_BLOCK))
+    return flat.unflatten(0, (-1, KEY_BLOCK)).transpose(1, 2).contiguous()
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+    """Attend queries [L, H, P] at positions first, ... to blocked keys; returns [L, H, P]."""
+    length, num_heads, head_dim = q.shape
+    num_kv = keys.shape[1]
+    rows = q.unflatten(1, (num_kv, -1)).permute(1, 0, 2, 3).flatten(1, 2) * head_dim**-0.5
+    position = torch.arange(first, first + length, device=q.device)
+    position = position.repeat_interleave(num_heads // num_kv)
+    pad = -rows.shape[1] % ROW_TILE
+    rows = F.pad(rows, (0, 0, 0, pad))  # [K, L * H/K + pad, P]
+    position = F.pad(position, (0, pad)).unsqueeze(1)
+    peak = rows.new_full((*rows.shape[:2], 1), -torch.inf)
+    mass = torch.zeros_like(peak)
+    total = torch.zeros_like(rows)
+    for block in range((first + length - 1) // KEY_BLOCK + 1):
+        scores = torch.bmm(rows, keys[block].transpose(1, 2))  # [K, rows, KEY_BLOCK]
+        begin = block * KEY_BLOCK
+        if begin + KEY_BLOCK > first + 1:
+            columns = torch.arange(begin, begin + KEY_BLOCK, device=q.device)
+            scores = scores.masked_fill(columns > position, -torch.inf)
+        # A query always sees position 0, so the peak is finite from the first block on.
+        new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
+        weights = torch.exp(scores - new_peak)
+        shrink = torch.exp(peak - new_peak)
+        mass = mass * shrink + weights.sum(-1, keepdim=True)
+        total = total * shrink + torch.bmm(weights, values[block])
+        peak = new_peak
+    out = (total / mass)[:, : length * num_heads // num_kv]
+    return out.unflatten(1, (length, -1)).permute(1, 0, 2, 3).flatten(1, 2)

@@ -1,0 +1,59 @@
+"""Causal depthwise convolution over packed segments, with a carried tail per sequence.
+
+Source: Mamba-2 (arXiv 2405.21060). Tap K-1 multiplies the current token; what lies left of a
+sequence is zeros. Products are summed oldest tap first, each rounded on its own, so a token's
+result is the same in every batch and chunking.
+"""
+
+import torch
+from torch import Tensor
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, history: Tensor | None = None
+) -> Tensor:
+    """Convolve each segment of packed `x` along its tokens.
+
+    `x` [T, C]; `weight` [C, K]; `bias` [C]; `positions` int64 [T], index of a token in its
+    segment. `history` [T, K-1, C] holds, for tokens whose position is below K-1, the inputs that
+    precede the segment, oldest first (other rows are not read); without it they are zeros.
+    Returns [T, C] in the dtype of `x`.
+    """
+    kernel = weight.shape[1]
+    taps = weight.to(x.dtype).unbind(1)
+    total = None
+    for back in range(kernel - 1, -1, -1):
+        term = _shifted(x, back, positions, history, kernel) * taps[kernel - 1 - back]
+        total = term if total is None else total + term
+    assert total is not None
+    return total if bias is None else total + bias.to(x.dtype)
+
+
+def _shifted(x: Tensor, back: int, positions: Tensor, history: Tensor | None, kernel: int) -> Tensor:
+    """Return for every token the input `back` tokens before it in its sequence: [T, C]."""
+    if back == 0:
+        return x
+    inside = (positions >= back).unsqueeze(1)
+    shifted = torch.cat((x.new_zeros(min(back, x.shape[0]), x.shape[1]), x[:-back]))
+    if history is None:
+        return torch.where(inside, shifted, 0.0)
+    # Entry K-1-back+position of the history is `back` tokens before the one at `position`.
+    index = (kernel - 1 - back + positions).clamp(max=kernel - 2)
+    before = history[torch.arange(x.shape[0], device=x.device), index]
+    return torch.where(inside, shifted, before)
+
+
+def conv_tail(x: Tensor, starts: Tensor, lengths: Tensor, tail: Tensor) -> Tensor:
+    """Return the last K-1 inputs of each sequence after a step.
+
+    `x` [T, C] are the step's inputs, `starts` and `lengths` int64 [S] its segments, `tail`
+    [S, K-1, C] the inputs before them, oldest first. Returns [S, K-1, C].
+    """
+    width = tail.shape[1]
+    # Source of entry j, counted from the segment's first token; negative reaches into the tail.
+    source = lengths.unsqueeze(1) - width + torch.arange(width, device=x.device)
+    fresh = x[(starts.unsqueeze(1) + source).clamp(0, x.shape[0] - 1)]
+    kept = torch.gather(
+        tail, 1, (source + width).clamp(0, width - 1).unsqueeze(2).expand(-1, -1, tail.shape[2])
+    )
+    return torch.where((source >= 0).unsqueeze(2), fresh.to(tail.dtype), kept)
