@@ -101,8 +101,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast(type, hint)) else from_dict(
-            typing.cast(type, hint), value, where=where
+        return (
+            value
+            if isinstance(value, typing.cast(type, hint))
+            else from_dict(typing.cast(type, hint), value, where=where)
         )
     if hint is Path and isinstance(value, str | Path):
         return Path(value)

@@ -69,7 +69,6 @@ class ModelConfig:
     time_step_floor: float = 1e-4
     conv_bias: bool = True
     mamba_proj_bias: bool = False
-    attention_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
     max_position_embeddings: int = 262144
@@ -237,8 +236,7 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("time_step_max", ("time_step_max", "mamba_dt_max")),
     ("time_step_floor", ("time_step_floor", "mamba_dt_init_floor")),
     ("conv_bias", ("use_conv_bias", "mamba_conv_bias")),
-    ("mamba_proj_bias", ("mamba_proj_bias", "use_bias")),
-    ("attention_bias", ("attention_bias",)),
+    ("mamba_proj_bias", ("use_bias", "mamba_proj_bias")),
     ("mlp_bias", ("mlp_bias",)),
     ("tie_embeddings", ("tie_word_embeddings",)),
     ("num_mtp_layers", ("num_nextn_predict_layers",)),
@@ -338,6 +336,7 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
     low, high = config.time_step_limit
     data["time_step_limit"] = [low, high if math.isfinite(high) else 1e308]
     data |= {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "residual_in_fp32": False}
-    data |= {"use_bias": config.mamba_proj_bias, "mamba_ssm_cache_dtype": "float32"}
+    data |= {"mamba_proj_bias": config.mamba_proj_bias, "attention_bias": False}
+    data |= {"mamba_ssm_cache_dtype": "float32"}
     data["dtype"] = "bfloat16"
     return data

@@ -141,7 +141,9 @@ class Experts(nn.Module):
 
         Dense stacks are split once, so that a backward pass assembles each gradient once.
         """
-        pick_up, pick_down = (_picker(self.get_submodule(m), dtype) for m in ("up_proj", "down_proj"))
+        pick_up, pick_down = (
+            _picker(self.get_submodule(m), dtype) for m in ("up_proj", "down_proj")
+        )
 
         def apply(expert: int, rows: Tensor) -> Tensor:
             return linear(F.relu(linear(rows, pick_up(expert))).square(), pick_down(expert))

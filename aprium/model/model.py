@@ -97,9 +97,7 @@ class Mamba(nn.Module):
         super().__init__()
         config = self.config = build.config
         bias = config.mamba_proj_bias
-        self.in_proj = build.linear(
-            f"{name}.in_proj", config.hidden_size, config.in_proj_dim, bias
-        )
+        self.in_proj = build.linear(f"{name}.in_proj", config.hidden_size, config.in_proj_dim, bias)
         self.conv1d = Conv1d(build)
         self.A_log = build.vector(config.mamba_num_heads)
         self.D = build.vector(config.mamba_num_heads)
@@ -153,18 +151,19 @@ class Attention(nn.Module):
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
         config = self.config = build.config
-        dim, bias = config.hidden_size, config.attention_bias
+        dim = config.hidden_size
         wide, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        self.q_proj = build.linear(f"{name}.q_proj", dim, wide, bias)
-        self.k_proj = build.linear(f"{name}.k_proj", dim, narrow, bias)
-        self.v_proj = build.linear(f"{name}.v_proj", dim, narrow, bias)
-        self.o_proj = build.linear(f"{name}.o_proj", wide, dim, bias)
+        self.q_proj = build.linear(f"{name}.q_proj", dim, wide)
+        self.k_proj = build.linear(f"{name}.k_proj", dim, narrow)
+        self.v_proj = build.linear(f"{name}.v_proj", dim, narrow)
+        self.o_proj = build.linear(f"{name}.o_proj", wide, dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix `x` [T, D] along each sequence; appends to the state's pages where there is one."""
         layout, head_dim = context.layout, self.config.head_dim
         q, k, v = (
-            proj(x).unflatten(-1, (-1, head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).unflatten(-1, (-1, head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if context.state is None:
             out = attention.packed(q, k, v, layout.starts, layout.lengths)
@@ -460,7 +459,9 @@ class HybridModel(nn.Module):
                 parameter.zero_()
             elif module == "conv1d":
                 bound = 1 / math.sqrt(config.conv_kernel)
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                parameter.copy_(
+                    torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                )
             else:
                 scale = config.initializer_range
                 if module in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj"):

@@ -21,7 +21,9 @@ KEY_BLOCK = 256
 _QUERY_TILE = 256
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def packed(
+    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], lengths: Sequence[int]
+) -> Tensor:
     """Attend within each segment; `q` [T, H, P], `k`, `v` [T, K, P]. Returns [T, H, P]."""
     outputs = []
     for start, length in zip(starts, lengths, strict=True):

@@ -29,7 +29,9 @@ def causal_conv(
     return total if bias is None else total + bias.to(x.dtype)
 
 
-def _shifted(x: Tensor, back: int, positions: Tensor, history: Tensor | None, kernel: int) -> Tensor:
+def _shifted(
+    x: Tensor, back: int, positions: Tensor, history: Tensor | None, kernel: int
+) -> Tensor:
     """Return for every token the input `back` tokens before it in its sequence: [T, C]."""
     if back == 0:
         return x

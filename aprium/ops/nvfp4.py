@@ -1,45 +1,56 @@
-"""NVFP4: 4-bit codes with an E4M3 scale for each 16 and one global scale: decode.
+"""NVFP4 weights, decoded to float32: 4-bit codes, a scale for every 16, one scale a matrix.
 
-Storage: byte j of a row holds the code of column 2j in its low nibble and of 2j + 1 in its high
-one; bit 3 is the sign, the rest counts 0, .5, 1, 1.5, 2, 3, 4, 6. Block scales are E4M3, row-major.
-ModelOpt stores a global scale that multiplies, compressed-tensors one that divides. The order of
-operations below is each library's own, so decoded values agree with theirs bit for bit.
-Source: docs/numerics.md; arXiv 2509.25149.
+A value is `E2M1[code] * E4M3[scale of its block] * global scale`. Byte j of a row holds column 2j
+in its low nibble and 2j + 1 in its high one; bit 3 of a code is the sign. The product of the two
+scales is rounded to float32 before it meets the code, as ModelOpt does, so decoded values equal
+ModelOpt's exactly (code 8 is -0 here and +0 there). Encoding is the quantiser's business.
+Source: docs/numerics.md.
 """
 
 import torch
 from torch import Tensor
 
+from aprium.ops import fp8
+
 BLOCK = 16
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = _MAGNITUDES + tuple(-m for m in _MAGNITUDES)
-# Both values of every possible byte: [256, 2], low nibble first.
-_PAIRS = torch.tensor([[_VALUES[byte & 15], _VALUES[byte >> 4]] for byte in range(256)])
+
+
+def _byte_table() -> Tensor:
+    """Return int64 [256]: the bits of the two float32 values that each byte holds."""
+    values = torch.tensor(_MAGNITUDES, device="cpu")
+    values = torch.cat((values, -values))
+    byte = torch.arange(256, device="cpu")
+    pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1)
+    return pairs.view(torch.int64).flatten()
+
+
+# Gathering pairs as one 8-byte word halves the work and keeps the gather one-dimensional.
+_PAIRS = _byte_table()
 
 
 def dequantize(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
-    """Return code * (scale * scale_2) in float32, ModelOpt's order.
+    """Decode ModelOpt's layout: code * (scale * scale_2), float32 [*lead, N, K].
 
-    `packed` uint8 [*lead, N, K/2]; `scale` float8_e4m3fn [*lead, N, K/16]; `scale_2` float32
-    [*lead] or [*lead, 1]. Returns [*lead, N, K].
+    `packed` uint8 [*lead, N, K/2]; `scale` float8_e4m3fn [*lead, N, K/16]; `scale_2` float32, one
+    value for all, or [*lead] or [*lead, 1].
     """
-    return _apply(packed, scale.float() * _align(scale_2, scale))
+    factor = fp8.to_float(scale).mul_(fp8.align_scale(scale_2, packed.shape[:-2]))
+    return _decode(packed, factor)
 
 
 def dequantize_divided(packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
-    """Return code * (scale / global_scale) in float32, compressed-tensors' order.
+    """Decode compressed-tensors' layout: code * (scale / global_scale), float32 [*lead, N, K].
 
-    Shapes as in `dequantize`.
+    Shapes and dtypes as in `dequantize`.
     """
-    return _apply(packed, scale.float() / _align(global_scale, scale))
+    factor = fp8.to_float(scale).div_(fp8.align_scale(global_scale, packed.shape[:-2]))
+    return _decode(packed, factor)
 
 
-def _align(scalar: Tensor, scale: Tensor) -> Tensor:
-    """Shape a scalar per matrix so that it broadcasts over [*lead, N, K/16]."""
-    lead = scale.shape[:-2]
-    return scalar.float().reshape(*lead, 1, 1)
-
-
-def _apply(packed: Tensor, scale: Tensor) -> Tensor:
-    values = _PAIRS.to(packed.device)[packed.int()].flatten(-2)
-    return (values.unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)).flatten(-2)
+def _decode(packed: Tensor, factor: Tensor) -> Tensor:
+    """Multiply the values of `packed` by the factor of their block."""
+    index = packed.flatten().int()
+    words = _PAIRS.to(packed.device).index_select(0, index)
+    values = words.view(torch.float32).view(*factor.shape, BLOCK)  # [*lead, N, K/16, 16]
+    return values.mul_(factor.unsqueeze(-1)).flatten(-2)
