@@ -71,7 +71,7 @@ PRESETS: dict[str, ModelConfig] = {
     "pico": ModelConfig(
         vocab_size=2048,
         hidden_size=192,
-        layers=_layers("M-MEM*EMEM*E"),
+        layers=_layers("M-MEM*EM*E"),
         mtp_layers=_MTP,
         num_mtp_layers=1,
         num_heads=6,

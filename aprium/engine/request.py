@@ -1,0 +1,90 @@
+"""One sequence while the engine works on it: its tokens so far, and what it owns.
+
+A `Request` is what a caller asks for and never changes; a `LiveSequence` is the mutable twin that
+scheduler and engine share. No torch: everything here is numbers.
+Invariants: `tokens` is the prompt followed by what was generated; the first `num_computed` of them
+are in the sequence's state; a sequence that is not running owns no slot and no pages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from aprium.base.records import SamplingParams, TopLogprobs
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class LiveSequence:
+    """The engine's record of one request.
+
+    `stop_ids` end the text, `max_tokens` bounds it, `seed` drives sampling. `status` is "waiting",
+    "running" or "finished"; `pages` and `slot` are set while running. `num_scored` counts the
+    prompt positions whose log-probabilities are in `prompt_logprobs`. Times are in seconds of the
+    engine's clock, None until the moment has come.
+    """
+
+    id: str
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+    max_tokens: int
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    num_computed: int = 0
+    num_scored: int = 0
+    status: str = "waiting"
+    finish: str | None = None
+    slot: int | None = None
+    pages: tuple[int, ...] = ()
+    num_preemptions: int = 0
+    prompt_logprobs: list[float | None] = field(default_factory=list)
+    prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
+    arrived_s: float = 0.0
+    started_s: float | None = None
+    first_token_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and generated."""
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens known that are not in the state yet: 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    def targets(self, start: int, count: int) -> tuple[int, tuple[int, ...]]:
+        """Say which rows of the segment [start, start + count) score the prompt.
+
+        Returns the offset of the first such row in the segment, and the tokens that it and the
+        rows after it predict; no tokens when there is nothing (left) to score.
+        """
+        if self.params.prompt_logprobs is None:
+            return 0, ()
+        first = max(start, self.num_scored)
+        last = min(start + count, self.num_prompt - 1)
+        if first >= last:
+            return 0, ()
+        return first - start, tuple(self.tokens[first + 1 : last + 1])
+
+    def append(self, token: int) -> None:
+        """Add a generated token, and set `finish` where it is the last."""
+        self.tokens.append(token)
+        if token in self.stop_ids:
+            self.finish = "stop"
+        elif self.num_generated >= self.max_tokens:
+            self.finish = "length"
+
+    def add_scores(
+        self, logprobs: Sequence[float], alternatives: Sequence[TopLogprobs]
+    ) -> None:
+        """Add log-probabilities of the next prompt tokens; entry 0 of the whole is None."""
+        if not self.prompt_logprobs:
+            self.prompt_logprobs.append(None)
+            self.prompt_top_logprobs.append(None)
+        self.prompt_logprobs.extend(logprobs)
+        self.prompt_top_logprobs.extend(alternatives)

@@ -1,0 +1,223 @@
+"""Decide what the next step computes: continuous batching with chunked prefill, in pure Python.
+
+First come, first served. A step spends a budget of tokens on the running sequences, oldest first
+(one token each while decoding, a chunk of the prompt before), then admits waiting ones. A sequence
+is admitted with the pages of all tokens it has, so that two half-read prompts never starve each
+other; only decoding asks for more. When no page is left the youngest running sequence is preempted:
+it gives back slot and pages and is recomputed later, generated tokens included.
+No torch, and no knowledge of who runs the plan.
+Invariants: `running` and `waiting` are each in order of arrival and everything in the first is
+older than everything in the second; the oldest sequence always advances, so all of them finish.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aprium.base.records import SamplingParams
+from aprium.engine.cache import Cache
+from aprium.engine.request import LiveSequence
+
+
+class Segment(NamedTuple):
+    """What a step computes for one sequence.
+
+    `tokens` follow the `start` that are in the state at `slot` and `pages`. With `sample`, the
+    last row chooses the token at position `start + len(tokens)`. Rows `score_from`, `score_from`
+    + 1, ... are scored against `targets` (the prompt's next tokens).
+    """
+
+    id: str
+    start: int
+    tokens: tuple[int, ...]
+    slot: int
+    pages: tuple[int, ...]
+    sample: bool
+    params: SamplingParams
+    seed: int
+    score_from: int = 0
+    targets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step of the engine: what the runner does is a function of this and the state."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Packed tokens of the step."""
+        return sum(len(s.tokens) for s in self.segments)
+
+
+class Scheduler:
+    """Waiting and running sequences, and the rule that picks among them."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        chunked_prefill: bool = True,
+    ) -> None:
+        assert max_num_seqs >= 1 and max_num_batched_tokens >= 1
+        self.cache = cache
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.chunked_prefill = chunked_prefill
+        self.waiting: deque[LiveSequence] = deque()
+        self.running: list[LiveSequence] = []
+        self.sequences: dict[str, LiveSequence] = {}
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self.sequences)
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence could ever grow to `num_tokens`, alone in the cache and in a step."""
+        enough = self.cache.pages_for(num_tokens) <= self.cache.pages.size
+        return enough and (self.chunked_prefill or num_tokens <= self.max_num_batched_tokens)
+
+    def add(self, sequence: LiveSequence) -> None:
+        """Queue `sequence`; it must fit (see `fits`) at its full length."""
+        assert sequence.id not in self.sequences, f"{sequence.id} is queued twice"
+        assert self.fits(sequence.num_prompt + sequence.max_tokens), f"{sequence.id} cannot fit"
+        self.sequences[sequence.id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, sequence_id: str) -> LiveSequence | None:
+        """Drop a sequence wherever it stands; returns it, or None if it is not (or no more) here."""
+        sequence = self.sequences.get(sequence_id)
+        if sequence is None:
+            return None
+        sequence.finish = "abort"
+        if sequence.status == "waiting":
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+        self._drop(sequence)
+        return sequence
+
+    def plan(self) -> StepPlan:
+        """Choose the next step; may preempt and admit."""
+        segments: list[Segment] = []
+        budget = self.max_num_batched_tokens
+        preempted = self.num_preemptions
+        index = 0
+        while index < len(self.running) and budget:
+            sequence = self.running[index]
+            count = min(sequence.num_pending, budget)
+            if not self._find_pages(sequence, sequence.num_computed + count):
+                break
+            segments.append(_segment(sequence, count))
+            budget -= count
+            index += 1
+        # Admitting right after a preemption would let the newcomer take what the elder lost.
+        if self.num_preemptions == preempted:
+            self._admit(segments, budget)
+        return StepPlan(tuple(segments))
+
+    def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[LiveSequence]:
+        """Book a finished step: one sampled token (or None) a segment.
+
+        A segment whose sequence was aborted meanwhile is ignored. Returns the sequences that the
+        step advanced, in order; those with `finish` set have left.
+        """
+        advanced = []
+        left = False
+        for segment, token in zip(plan.segments, sampled, strict=True):
+            sequence = self.sequences.get(segment.id)
+            if sequence is None:
+                continue
+            assert sequence.num_computed == segment.start
+            sequence.num_computed += len(segment.tokens)
+            sequence.num_scored += len(segment.targets)
+            if segment.sample:
+                assert token is not None
+                sequence.append(token)
+            elif not sequence.num_pending:
+                sequence.finish = "length"
+            if sequence.finish is not None:
+                self._drop(sequence)
+                left = True
+            advanced.append(sequence)
+        if left:
+            self.running = [s for s in self.running if s.status == "running"]
+        return advanced
+
+    def check(self) -> None:
+        """Assert the invariants of the module and of the cache."""
+        self.cache.check()
+        assert self.cache.slots.owners == {s.id for s in self.running}
+        queued = [*self.running, *self.waiting]
+        order = {key: n for n, key in enumerate(self.sequences)}
+        assert [order[s.id] for s in queued] == sorted(order[s.id] for s in queued)
+        assert len(queued) == len(self.sequences)
+        for sequence in self.running:
+            assert sequence.status == "running" and sequence.slot is not None
+            held = len(sequence.pages) * self.cache.page_size
+            assert held >= sequence.num_computed and sequence.num_pending > 0
+        for sequence in self.waiting:
+            assert sequence.status == "waiting" and not sequence.num_computed
+
+    def _find_pages(self, sequence: LiveSequence, num_tokens: int) -> bool:
+        """Make room for `num_tokens`, if need be by preempting; False if `sequence` itself fell."""
+        while (pages := self.cache.grow(sequence.id, num_tokens)) is None:
+            victim = self.running.pop()
+            self._release(victim, "waiting")
+            victim.num_computed = 0
+            victim.num_preemptions += 1
+            self.num_preemptions += 1
+            self.waiting.appendleft(victim)
+            if victim is sequence:
+                return False
+        sequence.pages = pages
+        return True
+
+    def _admit(self, segments: list[Segment], budget: int) -> None:
+        while budget and self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self.chunked_prefill and sequence.num_tokens > budget:
+                return
+            granted = self.cache.admit(sequence.id, sequence.num_tokens)
+            if granted is None:
+                return
+            sequence.slot, sequence.pages = granted
+            sequence.status = "running"
+            self.running.append(self.waiting.popleft())
+            count = min(sequence.num_tokens, budget)
+            segments.append(_segment(sequence, count))
+            budget -= count
+
+    def _drop(self, sequence: LiveSequence) -> None:
+        self._release(sequence, "finished")
+        del self.sequences[sequence.id]
+
+    def _release(self, sequence: LiveSequence, status: str) -> None:
+        self.cache.release(sequence.id)
+        sequence.slot, sequence.pages = None, ()
+        sequence.status = status
+
+
+def _segment(sequence: LiveSequence, count: int) -> Segment:
+    start = sequence.num_computed
+    end = start + count
+    assert sequence.slot is not None
+    score_from, targets = sequence.targets(start, count)
+    return Segment(
+        id=sequence.id,
+        start=start,
+        tokens=tuple(sequence.tokens[start:end]),
+        slot=sequence.slot,
+        pages=sequence.pages,
+        sample=end == sequence.num_tokens and sequence.max_tokens > 0,
+        params=sequence.params,
+        seed=sequence.seed,
+        score_from=score_from,
+        targets=targets,
+    )
