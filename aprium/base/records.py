@@ -114,6 +114,15 @@ TopLogprobs = Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds a request spent: waiting for its first step, until its first token, and in all."""
+
+    queue_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """What one engine step added to a request.
 
@@ -121,6 +130,7 @@ class Delta:
     `prompt_logprobs` comes once, with the first delta, when asked for: entry 0 is None, entry t is
     the log-probability of prompt token t given those before it. `finish` is None while running,
     then "stop", "length" or "abort". `stop_reason` is the stop token id or string that matched.
+    `timings` are those of the request so far.
     """
 
     id: str
@@ -131,15 +141,7 @@ class Delta:
     prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
     finish: str | None = None
     stop_reason: int | str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timings:
-    """Seconds a request spent: waiting for its first step, until its first token, and in all."""
-
-    queue_s: float = 0.0
-    first_token_s: float = 0.0
-    total_s: float = 0.0
+    timings: Timings = field(default_factory=Timings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

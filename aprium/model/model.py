@@ -380,11 +380,17 @@ class HybridModel(nn.Module):
                 indices[block.kind] += 1
         return self.backbone.norm_f(x)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection [V, D], in the compute dtype if it is stored quantised."""
+        if self.config.tie_embeddings:
+            return self.backbone.embeddings.weight
+        dense = self.lm_head.format is None
+        return self.lm_head.weight if dense else self.lm_head.dense(self.compute_dtype)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states [R, D] to float32 logits [R, V]."""
-        if self.config.tie_embeddings:
-            return linear(hidden, self.backbone.embeddings.weight).float()
-        return self.lm_head(hidden).float()
+        return linear(hidden, self.head_weight).float()
 
     def predict(
         self,

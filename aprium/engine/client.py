@@ -1,0 +1,307 @@
+"""The Python faces of the engine: `LLM`, which blocks, and `AsyncEngine`, for servers.
+
+Both give `Completion`s that grow: each one holds the whole text, tokens and log-probabilities so
+far, and the last of a continuation has `finish` set. Checking of a request happens in the caller's
+thread, before anything is queued; decoding and stop strings too, while the owner thread computes.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import queue
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from aprium.base.config import from_dict
+from aprium.base.errors import EngineError, RequestError
+from aprium.base.records import Completion, Delta, Request, SamplingParams
+from aprium.checkpoint.load import Checkpoint
+from aprium.engine.assemble import Assembler
+from aprium.engine.engine import Engine, EngineConfig, EngineStats, load
+from aprium.engine.owner import Owner
+from aprium.engine.prompts import Prompt, encode_prompt, split_prompts
+from aprium.ops.sample import derive_seed
+from aprium.text.chat import ChatTemplate
+from aprium.text.tokenizer import Tokenizer
+
+_ids = itertools.count()
+
+
+class LLM:
+    """A model to call from Python.
+
+    `model` is a directory, a hub id or the name of a preset; `options` are the other fields of
+    `EngineConfig`. Close it, or use it in a `with` statement, to give its memory back at once.
+    `tokenizer` is None for a model that comes without tokenizer files: prompts are then token ids.
+    """
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        self.config = from_dict(EngineConfig, {"model": str(model), **options})
+        checkpoint = load(self.config)
+        self.tokenizer, self._template = _text_side(checkpoint)
+        self._engine = _make_engine(self.config, checkpoint, self.tokenizer)
+        self._owner = Owner(self._engine)
+        self.generation_config = checkpoint.generation_config
+        self.max_model_len = self._engine.max_model_len
+        self._close = weakref.finalize(self, self._owner.close)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Completion]:
+        """Continue each prompt and return the completions in order.
+
+        A prompt is a string (continued as it is), a list of token ids, or a list of messages
+        (`Message`s or mappings, put through the chat template with `tools` and
+        `chat_template_kwargs`); `prompts` is one of these or a list. `params` is one for all or
+        one each; None takes the model's own defaults. The `n` continuations of a prompt follow
+        each other. Raises RequestError for a request that cannot be served (nothing runs then),
+        EngineError when the engine has failed or is closed.
+        """
+        split = split_prompts(prompts)
+        if not isinstance(params, Sequence):
+            params = [params or default_params(self.generation_config)] * len(split)
+        if len(params) != len(split):
+            raise RequestError(
+                f"{len(params)} params for {len(split)} prompts: give one, or one each",
+                param="params",
+            )
+        options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
+        jobs = _Jobs(self._owner)
+        for prompt, some in zip(split, params, strict=True):
+            tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
+            jobs.add(tokens, some, self.tokenizer)
+        for _ in self._run(jobs):
+            pass
+        return [a.completion() for a in jobs.assemblers.values()]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[Completion]:
+        """Continue one prompt and yield the completion as it grows.
+
+        Each one is whole so far; the last of a continuation has `finish` set, and `index` tells
+        the `n` continuations apart. Closing the iterator stops the generation. Errors as for
+        `generate`, raised by the call itself.
+        """
+        options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
+        tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
+        jobs = _Jobs(self._owner)
+        jobs.add(tokens, params or default_params(self.generation_config), self.tokenizer)
+        jobs.check()
+        return (a.completion() for batch in self._run(jobs) for a in batch)
+
+    def score(self, tokens: Sequence[int] | str) -> list[float | None]:
+        """Return the natural-log probability of each token given those before it.
+
+        Entry 0 is None: nothing comes before the first token.
+        """
+        ids = encode_prompt(tokens, self.tokenizer, self._template)
+        params = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=0)
+        (completion,) = self.generate([ids], params)
+        assert completion.prompt_logprobs is not None
+        return list(completion.prompt_logprobs)
+
+    def stats(self) -> EngineStats:
+        """Return the engine's gauges and counters."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """Stop the engine; unfinished generations of other threads fail with EngineError."""
+        self._close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self, jobs: "_Jobs") -> "Iterator[list[Assembler]]":
+        """Submit `jobs` and yield what each arrival of deltas changed, until all have ended."""
+        inbox: queue.SimpleQueue[list[Delta] | EngineError] = queue.SimpleQueue()
+        try:
+            jobs.submit(inbox.put)
+            while jobs.open:
+                yield jobs.push(inbox.get())
+        finally:
+            jobs.abort()
+
+
+class AsyncEngine:
+    """An engine for an event loop; the server drives this one.
+
+    `tokenizer` and `template` are None for a model without tokenizer files.
+    """
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint | None = None) -> None:
+        self.config = config
+        checkpoint = checkpoint or load(config)
+        self.tokenizer, self.template = _text_side(checkpoint)
+        self._engine = _make_engine(config, checkpoint, self.tokenizer)
+        self._owner = Owner(self._engine)
+        self.generation_config = checkpoint.generation_config
+        self.model_config = checkpoint.config
+        self.max_model_len = self._engine.max_model_len
+        self._close = weakref.finalize(self, self._owner.close)
+
+    @property
+    def failed(self) -> EngineError | None:
+        """Why the engine has stopped, or None while it is well."""
+        return self._owner.failed
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> AsyncIterator[Completion]:
+        """Continue `tokens` and yield the completion as it grows.
+
+        Each one is whole so far; `index` tells the `n` continuations apart and the last of each
+        has `finish` set. Closing the iterator (or cancelling the task in it) stops the generation.
+        The call itself raises RequestError when the request cannot be served, EngineError when the
+        engine has failed or is closed. `request_id` only serves to recognise it in messages.
+        """
+        jobs = _Jobs(self._owner)
+        params = params or default_params(self.generation_config)
+        jobs.add(tuple(tokens), params, self.tokenizer, request_id)
+        jobs.check()
+        return self._run(jobs)
+
+    def stats(self) -> EngineStats:
+        """Return the engine's gauges and counters."""
+        return self._engine.stats()
+
+    async def close(self) -> None:
+        """Stop the engine; unfinished generations fail with EngineError."""
+        await asyncio.to_thread(self._close)
+
+    async def _run(self, jobs: "_Jobs") -> AsyncIterator[Completion]:
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[list[Delta] | EngineError] = asyncio.Queue()
+
+        def sink(batch: list[Delta] | EngineError) -> None:
+            try:
+                loop.call_soon_threadsafe(inbox.put_nowait, batch)
+            except RuntimeError:  # the loop was closed without closing this iterator
+                jobs.abort()
+
+        try:
+            jobs.submit(sink)
+            while jobs.open:
+                changed = jobs.push(await inbox.get())
+                while not inbox.empty():  # a slow reader gets the latest, not every step
+                    changed += jobs.push(inbox.get_nowait())
+                for assembler in dict.fromkeys(changed):
+                    yield assembler.completion()
+        finally:
+            jobs.abort()
+
+
+def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """Return the sampling that a checkpoint's `generation_config.json` recommends."""
+    names = ("temperature", "top_p", "top_k", "min_p")
+    given = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
+    return SamplingParams(**given)
+
+
+class _Jobs:
+    """Continuations submitted together: their requests, and what has become of each."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._requests: list[Request] = []
+        self.assemblers: dict[str, Assembler] = {}
+        self.open: set[str] = set()
+
+    def add(
+        self,
+        tokens: tuple[int, ...],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        request_id: str | None = None,
+    ) -> None:
+        """Add the `params.n` continuations of a prompt."""
+        if params.stop and tokenizer is None:
+            raise RequestError(
+                "this model has no tokenizer files: use stop_token_ids instead of stop",
+                param="stop",
+            )
+        name = f"{request_id or 'request'}-{next(_ids)}"
+        for index in range(params.n):
+            seed = None if params.seed is None else derive_seed(params.seed, index)
+            one = dataclasses.replace(params, n=1, seed=seed)
+            request = Request(id=f"{name}-{index}", tokens=tokens, params=one)
+            self._requests.append(request)
+            self.assemblers[request.id] = Assembler(
+                prompt_tokens=tokens,
+                stop=params.stop,
+                stream=None if tokenizer is None else tokenizer.stream(),
+                index=index,
+            )
+
+    def check(self) -> None:
+        """Raise what `submit` would raise of the requests themselves."""
+        for request in self._requests:
+            self._owner.engine.check(request)
+
+    def submit(self, sink: Any) -> None:
+        """Hand all requests to the engine."""
+        self._owner.submit(self._requests, sink)
+        self.open = set(self.assemblers)
+
+    def push(self, batch: list[Delta] | EngineError) -> list[Assembler]:
+        """Book deltas and return the continuations they changed; raises an engine's failure."""
+        if isinstance(batch, EngineError):
+            self.open.clear()
+            # A new one for each reader: an exception collects the traceback of who raises it.
+            raise EngineError(str(batch)) from batch.__cause__
+        changed = []
+        for delta in batch:
+            if delta.id not in self.open:
+                continue
+            assembler = self.assemblers[delta.id]
+            assembler.push(delta)
+            changed.append(assembler)
+            if assembler.finish is not None:
+                self.open.discard(delta.id)
+                if assembler.cut:
+                    self._owner.abort([delta.id])
+        return changed
+
+    def abort(self) -> None:
+        """Stop what has not ended."""
+        if self.open:
+            self._owner.abort(sorted(self.open))
+            self.open = set()
+
+
+def _text_side(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    directory = checkpoint.path
+    if directory is None or not (Path(directory) / "tokenizer.json").is_file():
+        return None, None
+    return Tokenizer.load(directory), ChatTemplate.load(directory)
+
+
+def _make_engine(
+    config: EngineConfig, checkpoint: Checkpoint, tokenizer: Tokenizer | None
+) -> Engine:
+    ends = tokenizer.eos_token_ids if tokenizer is not None else None
+    return Engine(config, checkpoint, ends)

@@ -1,0 +1,318 @@
+"""The engine: requests in, steps, deltas out; one model, one thread, token ids only.
+
+`step` is plan, run, book. Who calls it, and what becomes of the deltas, is `engine/client`'s
+business; text is not known here. Later abilities have their places: prefix reuse in `Cache.admit`,
+drafting in the runner, sessions beside the scheduler.
+"""
+
+import random
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from aprium.base.errors import ConfigError, RequestError
+from aprium.base.records import Delta, Request, Timings
+from aprium.checkpoint.load import Checkpoint, load_checkpoint
+from aprium.engine.cache import Cache
+from aprium.engine.memory import available_bytes, plan_cache
+from aprium.engine.request import LiveSequence
+from aprium.engine.runner import Runner, SegmentResult
+from aprium.engine.scheduler import Scheduler
+from aprium.model.state import HybridState
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to run a model.
+
+    `model` is a directory, a hub id, or with `load_format` "dummy" (random weights) a preset.
+    `dtype` is that of activations and of keys and values: "auto" is float32 on a CPU, which is
+    exact in any batch; weights stay as stored. `max_model_len` None is the model's own, or what
+    memory holds. `block_size` is tokens a KV page; `kv_cache_bytes` None fits the machine. `seed`
+    None draws one: requests without a seed of their own then differ from run to run.
+    """
+
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    block_size: int = 64
+    kv_cache_bytes: int | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    download_dir: str | None = None
+    seed: int | None = None
+    enable_chunked_prefill: bool = True
+
+    def __post_init__(self) -> None:
+        """Check ranges; raise ConfigError naming the field."""
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
+        if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
+            raise ConfigError(f"kv_cache_bytes is {self.kv_cache_bytes}: it must be at least 1")
+        if self.dtype not in ("auto", *_DTYPES):
+            raise ConfigError(f"dtype is {self.dtype!r}: use 'auto', 'float32' or 'bfloat16'")
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"load_format is {self.load_format!r}: use 'auto' or 'dummy'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges and counters of one engine; times in seconds."""
+
+    num_running: int
+    num_waiting: int
+    pages_total: int
+    pages_free: int
+    slots_total: int
+    slots_free: int
+    kv_bytes: int
+    state_bytes: int
+    num_steps: int
+    step_s: float
+    prompt_tokens: int
+    generated_tokens: int
+    num_finished: int
+    num_aborted: int
+    num_preemptions: int
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    Not thread-safe, but for `check`: one thread owns it. `max_model_len`, `plan` (sizes of the
+    state) and `eos_token_ids` are what the engine settled on.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint | None = None,
+        eos_token_ids: Collection[int] | None = None,
+    ) -> None:
+        self.config = config
+        self.checkpoint = checkpoint or load(config)
+        model, shape = self.checkpoint.model, self.checkpoint.config
+        self.vocab_size = shape.vocab_size
+        if eos_token_ids is None:
+            eos_token_ids = _eos_token_ids(self.checkpoint)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        device = next(model.parameters()).device
+        self.plan = plan_cache(
+            shape,
+            dtype=model.compute_dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            page_size=config.block_size,
+            kv_cache_bytes=config.kv_cache_bytes,
+            free_bytes=available_bytes(),
+        )
+        self.max_model_len = self.plan.max_model_len
+        if not config.enable_chunked_prefill and config.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"max_num_batched_tokens is {config.max_num_batched_tokens}: without chunked "
+                f"prefill a step must take a whole sequence of {self.max_model_len} tokens "
+                "(raise it, or lower max_model_len)"
+            )
+        state = HybridState.allocate(
+            shape,
+            num_slots=self.plan.num_slots,
+            num_pages=self.plan.num_pages,
+            page_size=self.plan.page_size,
+            dtype=model.compute_dtype,
+            device=device,
+        )
+        cache = Cache(
+            num_pages=self.plan.num_pages,
+            page_size=self.plan.page_size,
+            num_slots=self.plan.num_slots,
+        )
+        self.runner = Runner(model, state)
+        self.scheduler = Scheduler(
+            cache,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            chunked_prefill=config.enable_chunked_prefill,
+        )
+        self._random = random.Random(config.seed)
+        self._num_steps = self._prompt_tokens = self._generated_tokens = 0
+        self._num_finished = self._num_aborted = 0
+        self._step_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a `step` would do anything."""
+        return self.scheduler.has_work
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError when `request` can never be served; callable from any thread."""
+        tokens, params = request.tokens, request.params
+        assert params.n == 1, "an engine request is one sequence"
+        if not tokens:
+            raise RequestError("the prompt is empty: give at least one token", param="prompt")
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise RequestError(f"token id {token!r} is not an integer", param="prompt")
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"token id {token} is not in the vocabulary of {self.vocab_size}",
+                    param="prompt",
+                )
+        for token in params.stop_token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"stop token id {token} is not in the vocabulary of {self.vocab_size}",
+                    param="stop_token_ids",
+                )
+        room = self.max_model_len - len(tokens)
+        if room < (params.max_tokens != 0):
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens: with at least one more to generate the "
+                f"context of {self.max_model_len} (max_model_len) is exceeded",
+                param="prompt",
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise RequestError(
+                f"max_tokens is {params.max_tokens} and the prompt has {len(tokens)} tokens: "
+                f"together they exceed the context of {self.max_model_len} (max_model_len); ask "
+                f"for at most {room}, or for max_tokens None",
+                param="max_tokens",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue `request`; raises RequestError (see `check`) when it can never be served."""
+        self.check(request)
+        params = request.params
+        seed = params.seed if params.seed is not None else self._random.getrandbits(62)
+        limit = params.max_tokens
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        self.scheduler.add(
+            LiveSequence(
+                id=request.id,
+                tokens=list(request.tokens),
+                num_prompt=len(request.tokens),
+                params=params,
+                max_tokens=self.max_model_len - len(request.tokens) if limit is None else limit,
+                seed=seed,
+                stop_ids=eos.union(params.stop_token_ids),
+                arrived_s=time.perf_counter(),
+            )
+        )
+        self._prompt_tokens += len(request.tokens)
+
+    def abort(self, request_id: str) -> Delta | None:
+        """Drop a request; returns its last delta, or None when it is unknown or has finished."""
+        sequence = self.scheduler.abort(request_id)
+        if sequence is None:
+            return None
+        self._num_aborted += 1
+        return Delta(id=sequence.id, finish="abort", timings=_timings(sequence))
+
+    def step(self) -> list[Delta]:
+        """Compute one step and return what it added to each request that it advanced visibly."""
+        begun = time.perf_counter()
+        plan = self.scheduler.plan()
+        if not plan.segments:
+            return []
+        results = self.runner.run(plan)
+        for segment in plan.segments:
+            sequence = self.scheduler.sequences[segment.id]
+            if sequence.started_s is None:
+                sequence.started_s = begun
+        tokens = [r.choice.token if r.choice else None for r in results]
+        advanced = self.scheduler.update(plan, tokens)
+        deltas = [
+            delta
+            for sequence, result in zip(advanced, results, strict=True)
+            if (delta := self._delta(sequence, result)) is not None
+        ]
+        self._num_steps += 1
+        self._step_s += time.perf_counter() - begun
+        return deltas
+
+    def stats(self) -> EngineStats:
+        """Return the present gauges and counters."""
+        scheduler, cache = self.scheduler, self.scheduler.cache
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            pages_total=cache.pages.size,
+            pages_free=cache.pages.num_free,
+            slots_total=cache.slots.size,
+            slots_free=cache.slots.num_free,
+            kv_bytes=self.plan.kv_bytes,
+            state_bytes=self.plan.state_bytes,
+            num_steps=self._num_steps,
+            step_s=self._step_s,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            num_finished=self._num_finished,
+            num_aborted=self._num_aborted,
+            num_preemptions=scheduler.num_preemptions,
+        )
+
+    def _delta(self, sequence: LiveSequence, result: SegmentResult) -> Delta | None:
+        """Say what a step added to `sequence`; None while its prompt is being read."""
+        choice = result.choice
+        if sequence.params.prompt_logprobs is not None:
+            sequence.add_scores(result.scores, result.alternatives)
+        if choice is None and sequence.finish is None:
+            return None
+        first = sequence.first_token_s is None
+        if first:
+            sequence.first_token_s = time.perf_counter()
+        scores = top = None
+        if first and sequence.params.prompt_logprobs is not None:
+            scores = tuple(sequence.prompt_logprobs)
+            top = tuple(sequence.prompt_top_logprobs) if sequence.params.prompt_logprobs else None
+        self._generated_tokens += choice is not None
+        self._num_finished += sequence.finish is not None
+        return Delta(
+            id=sequence.id,
+            tokens=(choice.token,) if choice else (),
+            logprobs=(choice.logprob,) if choice else (),
+            top_logprobs=(choice.alternatives,) if choice and sequence.params.logprobs else (),
+            prompt_logprobs=scores,
+            prompt_top_logprobs=top,
+            finish=sequence.finish,
+            stop_reason=choice.token if choice and sequence.finish == "stop" else None,
+            timings=_timings(sequence),
+        )
+
+
+def load(config: EngineConfig) -> Checkpoint:
+    """Load the checkpoint that `config` names."""
+    return load_checkpoint(
+        config.model,
+        dtype=_DTYPES.get(config.dtype),
+        load_format=config.load_format,
+        download_dir=config.download_dir,
+        seed=config.seed or 0,
+    )
+
+
+def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
+    """Return the ids that end a text according to the checkpoint's own configuration."""
+    named: Iterable[int | list[int] | tuple[int, ...] | None] = (
+        checkpoint.generation_config.get("eos_token_id"),
+        checkpoint.config.eos_token_id,
+    )
+    lists = [v if isinstance(v, list | tuple) else [v] for v in named]
+    return [token for some in lists for token in some if token is not None]
+
+
+def _timings(sequence: LiveSequence) -> Timings:
+    now, arrived = time.perf_counter(), sequence.arrived_s
+    started, first = sequence.started_s, sequence.first_token_s
+    return Timings(
+        queue_s=(now if started is None else started) - arrived,
+        first_token_s=0.0 if first is None else first - arrived,
+        total_s=now - arrived,
+    )

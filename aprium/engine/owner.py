@@ -1,0 +1,107 @@
+"""The thread that owns an engine: takes orders, runs steps, hands out deltas.
+
+An `Engine` belongs to one thread; everybody else talks to it through this. The thread sleeps on a
+condition while there is nothing to do. An unexpected exception fails every request with its cause
+and stops the thread: a half-updated state must not serve anybody.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from aprium.base.errors import EngineError
+from aprium.base.log import get_logger
+from aprium.base.records import Delta, Request
+from aprium.engine.engine import Engine
+
+# Receives, in the owner's thread, the deltas of one step for one submission, or why there will be
+# no more. Must be quick and must not raise.
+Sink = Callable[[list[Delta] | EngineError], None]
+
+
+class Owner:
+    """The owner thread of `engine`; `failed` is why it stopped, once it has failed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.failed: EngineError | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._stopped = False
+        self._orders: list[tuple[Request, Sink] | str] = []
+        self._sinks: dict[str, Sink] = {}
+        self._thread = threading.Thread(target=self._run, name="aprium-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request], sink: Sink) -> None:
+        """Queue `requests` together; their deltas go to `sink`.
+
+        Raises RequestError, before any is queued, when one of them can never be served, and
+        EngineError when the engine has stopped.
+        """
+        for request in requests:
+            self.engine.check(request)
+        with self._changed:
+            if self._closing or self._stopped:
+                raise self.failed or EngineError("the engine was closed")
+            self._orders += ((request, sink) for request in requests)
+            self._changed.notify()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drop requests; one that is still listened to gets a last delta with finish "abort"."""
+        with self._changed:
+            self._orders += request_ids
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Stop after the step in progress; unfinished requests fail. Waits for the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        # A garbage collection in the thread itself may be what closes it.
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        cause = EngineError("the engine was closed")
+        try:
+            while self._take_orders():
+                self._deliver(self.engine.step())
+        except Exception as error:
+            get_logger("engine").exception("the engine has failed")
+            cause = EngineError(f"the engine has failed: {type(error).__name__}: {error}")
+            cause.__cause__ = error
+            self.failed = cause
+        with self._changed:
+            self._stopped = True
+            waiting = [order[1] for order in self._orders if isinstance(order, tuple)]
+            sinks = dict.fromkeys([*self._sinks.values(), *waiting])
+            self._orders, self._sinks = [], {}
+        for sink in sinks:
+            sink(cause)
+
+    def _take_orders(self) -> bool:
+        """Sleep until there is something to do, carry out orders; False when it is time to stop."""
+        with self._changed:
+            while not (self._orders or self._closing or self.engine.has_work):
+                self._changed.wait()
+            if self._closing:
+                return False
+            orders, self._orders = self._orders, []
+        for order in orders:
+            if isinstance(order, str):
+                last = self.engine.abort(order)
+                self._deliver([last] if last is not None else [])
+            else:
+                request, sink = order
+                self._sinks[request.id] = sink
+                self.engine.add(request)
+        return True
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        batches: dict[Sink, list[Delta]] = {}
+        for delta in deltas:
+            done = delta.finish is not None
+            sink = self._sinks.pop(delta.id) if done else self._sinks[delta.id]
+            batches.setdefault(sink, []).append(delta)
+        for sink, batch in batches.items():
+            sink(batch)

@@ -1,0 +1,64 @@
+"""Log-probabilities of chosen tokens from hidden states, without the logits of all positions.
+
+Logits exist for one chunk of rows at a time; the backward pass makes them again. Source: the
+chunked cross-entropy that training libraries use (arXiv 2411.09009 for the memory argument).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aprium.ops.matmul import linear
+
+# Logits held at a time: rows x vocabulary values of float32.
+_CHUNK_VALUES = 1 << 23
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the natural-log probability of each target under softmax(hidden @ weight.T).
+
+    `hidden` [R, D], `weight` [V, D], `targets` int64 [R]. Returns float32 [R] (float64 for float64
+    input), differentiable in `hidden` and `weight`.
+    """
+    return _TokenLogprobs.apply(hidden, weight, targets)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        out, norms = [], []
+        for rows, wanted in _chunks(hidden, weight, targets):
+            logits = _wide(linear(rows, weight))
+            norm = logits.logsumexp(-1)
+            out.append(logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - norm)
+            norms.append(norm)
+        empty = _wide(hidden.new_empty(0))
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(norms) if norms else empty)
+        return torch.cat(out) if out else empty
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, targets, norms = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=norms.dtype)
+        done = 0
+        for rows, wanted in _chunks(hidden, weight, targets):
+            part = slice(done, done + rows.shape[0])
+            grad = grads[0][part].unsqueeze(1)
+            # d logprob / d logits = onehot - softmax.
+            wide = _wide(linear(rows, weight)).sub_(norms[part].unsqueeze(1)).exp_().mul_(-grad)
+            wide.scatter_add_(1, wanted.unsqueeze(1), grad)
+            grad_hidden[part] = (wide @ weight.to(wide.dtype)).to(hidden.dtype)
+            grad_weight.addmm_(wide.T, rows.to(wide.dtype))
+            done = part.stop
+        return grad_hidden, grad_weight.to(weight.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> zip:
+    size = max(1, _CHUNK_VALUES // weight.shape[0])
+    return zip(hidden.split(size), targets.split(size), strict=True)

@@ -1,0 +1,139 @@
+"""What training minimises: cross-entropy, multi-token prediction, expert balance.
+
+Every sum over tokens is divided by the batch's total weight, so that the loss does not depend on
+how samples fell into steps. Source: docs/training.md; DeepSeek-V3 (arXiv 2412.19437) for MTP with
+shared weights, the sequence-wise balance loss and balancing by bias.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aprium.model.layout import Layout
+from aprium.model.model import HybridModel, MoE, Routing
+from aprium.ops.logprob import token_logprobs
+from aprium.train.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the parts of the loss.
+
+    `mtp_weight` is the total over `mtp_depths` recursive applications of the prediction head.
+    `balance_weight` scales the sequence-wise balance loss, `bias_rate` the step of the selection
+    bias after each update.
+    """
+
+    mtp_weight: float = 0.1
+    mtp_depths: int = 2
+    balance_weight: float = 1e-4
+    bias_rate: float = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Losses:
+    """One step's loss [] with gradients, and its parts as detached figures."""
+
+    total: Tensor
+    ce: float
+    mtp: float
+    balance: float
+    logprobs: Tensor
+    predicted: Tensor
+    routing: list[Routing]
+
+
+def compute_losses(model: HybridModel, batch: Batch, config: LossConfig) -> Losses:
+    """Run the model over `batch` and return the loss.
+
+    `logprobs` of the result are those of the tokens at indices `predicted` under the backbone.
+    """
+    routing: list[Routing] = []
+    hidden = model(batch.tokens, batch.layout, routing=routing)
+    head = model.head_weight
+    predicted = batch.predicted(1)
+    weights = batch.ce_weight[predicted]
+    norm = weights.sum()
+    logprobs = token_logprobs(hidden[predicted - 1], head, batch.tokens[predicted])
+    ce = -(logprobs * weights).sum() / norm
+    total, mtp = ce, torch.zeros(())
+    if model.config.num_mtp_layers and config.mtp_weight:
+        mtp = _mtp_loss(model, hidden, batch, config.mtp_depths, norm, routing)
+        total = total + config.mtp_weight * mtp
+    balance = sum_balance(routing, batch.layout)
+    if config.balance_weight:
+        total = total + config.balance_weight * balance
+    return Losses(
+        total=total,
+        ce=float(ce.detach()),
+        mtp=float(mtp.detach()),
+        balance=float(balance.detach()),
+        logprobs=logprobs.detach(),
+        predicted=predicted,
+        routing=routing,
+    )
+
+
+def _mtp_loss(
+    model: HybridModel,
+    hidden: Tensor,
+    batch: Batch,
+    depths: int,
+    norm: Tensor,
+    routing: list[Routing],
+) -> Tensor:
+    """Mean over depths of the cross-entropy of token t + depth + 1 at position t."""
+    total = torch.zeros(())
+    for depth in range(1, depths + 1):
+        # Rows whose next tokens lie beyond their document are computed and never weighted.
+        hidden = model.predict(
+            hidden, batch.tokens.roll(-depth), batch.layout, routing=routing, depth=depth - 1
+        )
+        predicted = batch.predicted(depth + 1)
+        rows, targets = hidden[predicted - depth - 1], batch.tokens[predicted]
+        logprobs = token_logprobs(rows, model.head_weight, targets)
+        total = total - (logprobs * batch.ce_weight[predicted]).sum() / norm
+    return total / depths
+
+
+def sum_balance(routing: Sequence[Routing], layout: Layout) -> Tensor:
+    """Return the sequence-wise balance loss summed over MoE layers (1 per layer at balance)."""
+    return torch.stack([_balance(r, layout) for r in routing]).sum() if routing else torch.zeros(())
+
+
+def _balance(routing: Routing, layout: Layout) -> Tensor:
+    """sum_e f_e P_e of each sequence, averaged: f counts choices, P averages shares of score."""
+    scores, experts = routing.scores, routing.experts
+    num_experts, num_active = scores.shape[1], experts.shape[1]
+    lengths = torch.tensor(layout.lengths, device=scores.device).unsqueeze(1)
+    shape = (layout.num_segments, num_experts)
+    chosen = torch.zeros_like(scores).scatter_(1, experts, 1.0)
+    counts = scores.new_zeros(shape).index_add_(0, layout.segment_ids, chosen)
+    shares = scores / scores.sum(-1, keepdim=True)
+    means = scores.new_zeros(shape).index_add(0, layout.segment_ids, shares) / lengths
+    return (counts * num_experts / (num_active * lengths) * means).sum(-1).mean()
+
+
+@torch.no_grad()
+def balance_experts(model: HybridModel, routing: Sequence[Routing], rate: float) -> float:
+    """Move each selection bias by `rate` towards underloaded experts; return the worst MaxVio.
+
+    MaxVio is the largest expert load over the mean load; 1 is balance. A head applied at several
+    depths is balanced over all of them together.
+    """
+    loads: dict[str, Tensor] = {}
+    for record in routing:
+        count = record.experts.flatten().bincount(minlength=record.scores.shape[1]).float()
+        loads[record.name] = loads[record.name] + count if record.name in loads else count
+    worst = 0.0
+    for name, load in loads.items():
+        worst = max(worst, float(load.max() / load.mean()))
+        layer = model.get_submodule(name)
+        assert isinstance(layer, MoE)
+        bias = layer.gate.e_score_correction_bias
+        bias += rate * torch.sign(load.mean() - load)
+        # Only differences matter; centring keeps the values small over a long run.
+        bias -= bias.mean()
+    return worst

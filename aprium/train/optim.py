@@ -1,0 +1,153 @@
+"""Optimisers by parameter role, gradient clipping, and learning-rate schedules.
+
+Matrices inside blocks (stacked experts as many matrices) take Muon, everything else AdamW:
+embeddings and head, router, convolution, vectors. Source: Muon (Jordan 2024; arXiv 2502.16982
+for the scale that matches AdamW's updates); AdamW (arXiv 1711.05101); WSD with minus-sqrt decay
+(arXiv 2405.18392).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+# Coefficients of the quintic iteration that drives singular values towards 1.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Learning rates and schedule.
+
+    `lr` is AdamW's peak rate, `muon_lr` Muon's (None: AdamW for everything); both follow the
+    schedule: linear warm-up, then "wsd" (constant, then a minus-sqrt decay over the last
+    `decay_fraction` of the steps) or "cosine", down to `final_fraction` of the peak.
+    """
+
+    lr: float = 1e-3
+    muon_lr: float | None = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    muon_momentum: float = 0.95
+    max_grad_norm: float = 1.0
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    warmup_steps: int = 50
+    decay_fraction: float = 0.25
+    final_fraction: float = 0.01
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz, for matrices [..., rows, columns].
+
+    Leading dimensions are batches of independent matrices. The update has the root-mean-square
+    of 0.2 that AdamW's typically has, so one learning rate scale serves both.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                buffer = state["momentum_buffer"]
+                buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(buffer, group["momentum"])
+                shape = tuple(parameter.shape[-2:])
+                by_shape[shape].append((parameter, update.reshape(-1, *shape)))
+            for (rows, columns), pairs in by_shape.items():
+                updates = orthogonalise(torch.cat([update for _, update in pairs]))
+                scale = 0.2 * math.sqrt(max(rows, columns))
+                parts = updates.split([update.shape[0] for _, update in pairs])
+                for (parameter, _), part in zip(pairs, parts, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(part.view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Return matrices [B, M, N] with their singular values driven to about 1."""
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+def uses_muon(name: str, parameter: Tensor) -> bool:
+    """Tell whether a parameter is a matrix inside a block."""
+    outside = any(part in name for part in ("embeddings", "lm_head", "gate.", "conv1d"))
+    return parameter.dim() >= 2 and not outside
+
+
+def build_optimisers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """Make the optimisers over the model's trainable parameters, grouped by role."""
+    matrices, decayed, plain = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if config.muon_lr is not None and uses_muon(name, parameter):
+            matrices.append(parameter)
+        elif parameter.dim() >= 2 and "conv1d" not in name:
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimisers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps
+        )
+    ]
+    if matrices and config.muon_lr is not None:
+        momentum, decay = config.muon_momentum, config.weight_decay
+        optimisers.append(Muon(matrices, config.muon_lr, momentum, decay))
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimisers
+
+
+def schedule_factor(step: int, total: int, config: OptimConfig) -> float:
+    """Return the fraction of the peak learning rate at `step` (0-based) of `total`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    low = config.final_fraction
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    begin = total * (1 - config.decay_fraction)
+    if step < begin:
+        return 1.0
+    progress = min(1.0, (step - begin) / max(1.0, total - begin))
+    return low + (1 - low) * (1 - math.sqrt(progress))
+
+
+def set_learning_rates(
+    optimisers: Iterable[torch.optim.Optimizer], step: int, total: int, config: OptimConfig
+) -> float:
+    """Set every group's rate for `step` and return the factor."""
+    factor = schedule_factor(step, total, config)
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+    return factor

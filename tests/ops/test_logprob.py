@@ -1,0 +1,32 @@
+"""Chunked log-probabilities against log_softmax, values and gradients, at awkward sizes."""
+
+import pytest
+import torch
+
+from aprium.ops import logprob
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(0, 5), (1, 1), (1, 7), (9, 13), (17, 64), (100, 3)])
+def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int) -> None:
+    monkeypatch.setattr(logprob, "_CHUNK_VALUES", 4 * vocab)
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocab, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    found = logprob.token_logprobs(hidden, weight, targets)
+    expected = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found, expected)
+    scale = torch.randn(rows, generator=generator, dtype=torch.float64)
+    ours = torch.autograd.grad((found * scale).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_bfloat16_weight_keeps_its_dtype() -> None:
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(11, 8).bfloat16().requires_grad_()
+    found = logprob.token_logprobs(hidden, weight, torch.tensor([0, 1, 2, 10]))
+    assert found.dtype == torch.float32
+    found.sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
