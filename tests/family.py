@@ -90,7 +90,9 @@ CORPUS = [
 ]
 
 
-def write_tokenizer(directory: Path, vocab_size: int = 400, template: str | None = TEMPLATE) -> None:
+def write_tokenizer(
+    directory: Path, vocab_size: int = 400, template: str | None = TEMPLATE
+) -> None:
     """Write a byte-level BPE tokenizer with the family's special ids, and a chat template."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -33,14 +33,16 @@ _ids = itertools.count()
 class LLM:
     """A model to call from Python.
 
-    `model` is a directory, a hub id or the name of a preset; `options` are the other fields of
-    `EngineConfig`. Close it, or use it in a `with` statement, to give its memory back at once.
+    `model` is a directory, a hub id, the name of a preset, or a checkpoint loaded before; `options`
+    are the other fields of `EngineConfig`. Close it, or use it in a `with` statement, to give its memory back at once.
     `tokenizer` is None for a model that comes without tokenizer files: prompts are then token ids.
     """
 
-    def __init__(self, model: str | Path, **options: Any) -> None:
-        self.config = from_dict(EngineConfig, {"model": str(model), **options})
-        checkpoint = load(self.config)
+    def __init__(self, model: str | Path | Checkpoint, **options: Any) -> None:
+        loaded = model if isinstance(model, Checkpoint) else None
+        name = str(model) if loaded is None else str(loaded.path or "random weights")
+        self.config = from_dict(EngineConfig, {"model": name, **options})
+        checkpoint = loaded or load(self.config)
         self.tokenizer, self._template = _text_side(checkpoint)
         self._engine = _make_engine(self.config, checkpoint, self.tokenizer)
         self._owner = Owner(self._engine)
@@ -100,7 +102,6 @@ class LLM:
         tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
         jobs = _Jobs(self._owner)
         jobs.add(tokens, params or default_params(self.generation_config), self.tokenizer)
-        jobs.check()
         return (a.completion() for batch in self._run(jobs) for a in batch)
 
     def score(self, tokens: Sequence[int] | str) -> list[float | None]:
@@ -182,7 +183,6 @@ class AsyncEngine:
         jobs = _Jobs(self._owner)
         params = params or default_params(self.generation_config)
         jobs.add(tuple(tokens), params, self.tokenizer, request_id)
-        jobs.check()
         return self._run(jobs)
 
     def stats(self) -> EngineStats:
@@ -238,7 +238,10 @@ class _Jobs:
         tokenizer: Tokenizer | None,
         request_id: str | None = None,
     ) -> None:
-        """Add the `params.n` continuations of a prompt."""
+        """Add the `params.n` continuations of a prompt.
+
+        Raises RequestError when they can never be served, EngineError when the engine has stopped.
+        """
         if params.stop and tokenizer is None:
             raise RequestError(
                 "this model has no tokenizer files: use stop_token_ids instead of stop",
@@ -249,6 +252,8 @@ class _Jobs:
             seed = None if params.seed is None else derive_seed(params.seed, index)
             one = dataclasses.replace(params, n=1, seed=seed)
             request = Request(id=f"{name}-{index}", tokens=tokens, params=one)
+            if index == 0:
+                self._owner.check(request)
             self._requests.append(request)
             self.assemblers[request.id] = Assembler(
                 prompt_tokens=tokens,
@@ -256,11 +261,6 @@ class _Jobs:
                 stream=None if tokenizer is None else tokenizer.stream(),
                 index=index,
             )
-
-    def check(self) -> None:
-        """Raise what `submit` would raise of the requests themselves."""
-        for request in self._requests:
-            self._owner.engine.check(request)
 
     def submit(self, sink: Any) -> None:
         """Hand all requests to the engine."""

@@ -45,7 +45,6 @@ class EngineConfig:
     block_size: int = 64
     kv_cache_bytes: int | None = None
     load_format: Literal["auto", "dummy"] = "auto"
-    download_dir: str | None = None
     seed: int | None = None
     enable_chunked_prefill: bool = True
 
@@ -157,20 +156,8 @@ class Engine:
         assert params.n == 1, "an engine request is one sequence"
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token", param="prompt")
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise RequestError(f"token id {token!r} is not an integer", param="prompt")
-            if not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"token id {token} is not in the vocabulary of {self.vocab_size}",
-                    param="prompt",
-                )
-        for token in params.stop_token_ids:
-            if not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"stop token id {token} is not in the vocabulary of {self.vocab_size}",
-                    param="stop_token_ids",
-                )
+        self._check_ids(tokens, "prompt")
+        self._check_ids(params.stop_token_ids, "stop_token_ids")
         room = self.max_model_len - len(tokens)
         if room < (params.max_tokens != 0):
             raise RequestError(
@@ -258,6 +245,20 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
         )
 
+    def _check_ids(self, tokens: tuple[int, ...], param: str) -> None:
+        # Whole passes in C first: a prompt may have a hundred thousand tokens.
+        if set(map(type, tokens)) <= {int} and (
+            not tokens or (min(tokens) >= 0 and max(tokens) < self.vocab_size)
+        ):
+            return
+        for token in tokens:
+            if type(token) is not int:
+                raise RequestError(f"token id {token!r} is not an integer", param=param)
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"token id {token} is not in the vocabulary of {self.vocab_size}", param=param
+                )
+
     def _delta(self, sequence: LiveSequence, result: SegmentResult) -> Delta | None:
         """Say what a step added to `sequence`; None while its prompt is being read."""
         choice = result.choice
@@ -293,8 +294,6 @@ def load(config: EngineConfig) -> Checkpoint:
         config.model,
         dtype=_DTYPES.get(config.dtype),
         load_format=config.load_format,
-        download_dir=config.download_dir,
-        seed=config.seed or 0,
     )
 
 

@@ -86,9 +86,11 @@ def plan_cache(
     per_page = max(per_page, 1)  # a model without attention: pages cost nothing
     longest = config.max_position_embeddings if max_model_len is None else max_model_len
     if longest > config.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len is {longest}: the model was made for at most "
-            f"{config.max_position_embeddings} (max_position_embeddings)"
+        # Nothing in the family encodes positions, so it runs; how well is another question.
+        get_logger("engine").warning(
+            "max_model_len %d is beyond the %d tokens that the model was made for",
+            longest,
+            config.max_position_embeddings,
         )
     one = -(-longest // page_size)
     spare = free_bytes // 2 - max_num_seqs * per_slot

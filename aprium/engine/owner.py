@@ -26,23 +26,23 @@ class Owner:
         self.failed: EngineError | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self._stopped = False
         self._orders: list[tuple[Request, Sink] | str] = []
         self._sinks: dict[str, Sink] = {}
         self._thread = threading.Thread(target=self._run, name="aprium-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request], sink: Sink) -> None:
-        """Queue `requests` together; their deltas go to `sink`.
+    def check(self, request: Request) -> None:
+        """Raise RequestError when `request` can never be served, EngineError after the end."""
+        self._check_running()
+        self.engine.check(request)
 
-        Raises RequestError, before any is queued, when one of them can never be served, and
-        EngineError when the engine has stopped.
+    def submit(self, requests: Sequence[Request], sink: Sink) -> None:
+        """Queue `requests`, which have passed `check`, together; their deltas go to `sink`.
+
+        Raises EngineError when the engine has stopped.
         """
-        for request in requests:
-            self.engine.check(request)
         with self._changed:
-            if self._closing or self._stopped:
-                raise self.failed or EngineError("the engine was closed")
+            self._check_running()
             self._orders += ((request, sink) for request in requests)
             self._changed.notify()
 
@@ -61,6 +61,13 @@ class Owner:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def _check_running(self) -> None:
+        if self.failed is not None:
+            # A new one for each caller: an exception collects the traceback of who raises it.
+            raise EngineError(str(self.failed)) from self.failed.__cause__
+        if self._closing:
+            raise EngineError("the engine was closed")
+
     def _run(self) -> None:
         cause = EngineError("the engine was closed")
         try:
@@ -70,9 +77,9 @@ class Owner:
             get_logger("engine").exception("the engine has failed")
             cause = EngineError(f"the engine has failed: {type(error).__name__}: {error}")
             cause.__cause__ = error
-            self.failed = cause
         with self._changed:
-            self._stopped = True
+            if cause.__cause__ is not None:
+                self.failed = cause
             waiting = [order[1] for order in self._orders if isinstance(order, tuple)]
             sinks = dict.fromkeys([*self._sinks.values(), *waiting])
             self._orders, self._sinks = [], {}

@@ -166,7 +166,7 @@ class Attention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if context.state is None:
-            out = attention.packed(q, k, v, layout.starts, layout.lengths)
+            out = attention.packed(q, k, v, layout.lengths)
         else:
             assert layout.pages is not None
             keys, values = (t[context.index] for t in (context.state.keys, context.state.values))

@@ -21,14 +21,13 @@ KEY_BLOCK = 256
 _QUERY_TILE = 256
 
 
-def packed(
-    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], lengths: Sequence[int]
-) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """Attend within each segment; `q` [T, H, P], `k`, `v` [T, K, P]. Returns [T, H, P]."""
     outputs = []
-    for start, length in zip(starts, lengths, strict=True):
-        rows = slice(start, start + length)
-        one = (t[rows].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    # split, not slices: its backward pass joins the parts once instead of padding each to T.
+    segments = zip(*(t.split(list(lengths)) for t in (q, k, v)), strict=True)
+    for segment in segments:
+        one = (t.transpose(0, 1).unsqueeze(0) for t in segment)
         out = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from tests import family
 import pytest
 
 from aprium.text.tokenizer import Tokenizer
+from tests import family
 
 
 @pytest.fixture(scope="session")

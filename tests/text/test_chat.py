@@ -90,7 +90,8 @@ def test_equals_transformers(
 
 ODD_TEMPLATES = [
     "{% for m in messages %}{{ bos_token }}{% generation %}{{ m.content }}{% set x = 1 %}"
-    "{% endgeneration %}{{ x is defined }}{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
+    "{% endgeneration %}{{ x is defined }}"
+    "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
     "{{ messages | tojson(indent=2) }}\n{{ {'b': '<&>é', 'a': 1} | tojson(sort_keys=true) }}",
     "  {% if tools %}\n  x\n  {% endif %}\n{{ 'a' * 3 }}{{ 2 ** 3 }}{{ documents is none }}",
     "{{ strftime_now('%Y') }}{{ messages[0]['content'].split('h')[-1] }}",

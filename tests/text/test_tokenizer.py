@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests import family
 import pytest
 import tokenizers
 from hypothesis import given
@@ -14,6 +13,7 @@ from tokenizers import decoders, models
 
 from aprium.base.errors import CheckpointError
 from aprium.text.tokenizer import Tokenizer
+from tests import family
 
 
 @given(st.text())

@@ -1,0 +1,341 @@
+"""Load a checkpoint: from a directory of files to a model with every parameter filled.
+
+The configuration says what must be there, the files' headers say what is there, and the two must
+agree tensor by tensor before a byte is read. Tensors are then copied from the mapped files in
+their order, each once, into memory of the stored dtype; pages are given back on the way, so that
+the peak is the model plus one tensor. Values are not inspected, except scales.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from aprium.base.errors import CheckpointError, ConfigError
+from aprium.base.log import get_logger
+from aprium.checkpoint.hub import resolve
+from aprium.checkpoint.names import (
+    NVFP4_FORMATS,
+    NVFP4_TENSORS,
+    Naming,
+    TensorSpec,
+    matrices,
+    parameter_of,
+    tensor_table,
+)
+from aprium.checkpoint.quant_config import Declared, read_quant
+from aprium.checkpoint.safetensors import (
+    DTYPES,
+    Entry,
+    MappedFile,
+    StoredTensor,
+    read_directory,
+)
+from aprium.model.config import ModelConfig, QuantConfig, read_hf_config
+from aprium.model.model import HybridModel
+from aprium.model.presets import PRESETS
+from aprium.model.quant_presets import QUANT_PRESETS, quant_preset
+
+logger = get_logger("checkpoint")
+_LISTED = 8  # names of each kind in a message
+_DIVISORS = ("weight_global_scale", "input_global_scale")
+_SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale", *_DIVISORS)
+_LARGEST_E4M3 = 0x7E  # 448; above it lie NaN and all negative values
+_DUMMY_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A loaded model and where it came from.
+
+    `path` holds tokenizer and template files; None for random weights of a preset. `entries` and
+    `naming` are how the files held the tensors, which `save_checkpoint` gives back.
+    """
+
+    path: Path | None
+    config: ModelConfig
+    quant: QuantConfig
+    model: HybridModel
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
+    naming: Naming = field(default_factory=Naming)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the files in `path` hold: tensors by published name, in the order of the files."""
+
+    path: Path
+    config: ModelConfig
+    quant: QuantConfig
+    naming: Naming
+    tensors: Mapping[str, StoredTensor]
+
+
+def load_checkpoint(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    load_format: Literal["auto", "dummy"] = "auto",
+) -> Checkpoint:
+    """Load the model that `source` names: a directory, "pico", or a hub id.
+
+    `dtype` is that of activations (float32 by default); weights keep their stored dtype.
+    `load_format` "dummy" draws random weights for a directory's `config.json` or a preset, also a
+    quantised one such as "nano-nvfp4". Raises CheckpointError naming file and tensor.
+    """
+    compute_dtype = dtype or torch.float32
+    if load_format == "dummy":
+        return _load_dummy(source, compute_dtype)
+    if load_format != "auto":
+        raise CheckpointError(f"unknown load format {load_format!r}: use 'auto' or 'dummy'")
+    started = time.monotonic()
+    plan = read_plan(resolve(source))
+    with torch.device("meta"):
+        model = HybridModel(plan.config, plan.quant, compute_dtype=compute_dtype)
+    fill(model, plan.tensors)
+    stored = plan.tensors.values()
+    size = sum(tensor.end - tensor.start for tensor in stored)
+    seconds = time.monotonic() - started
+    logger.info("%s: %d tensors, %.2f GB in %.1f s", plan.path, len(stored), size / 1e9, seconds)
+    return Checkpoint(
+        path=plan.path,
+        config=plan.config,
+        quant=plan.quant,
+        model=model.eval(),
+        generation_config=_read_generation_config(plan.path),
+        entries=tuple(Entry(t.name, t.dtype, t.shape) for t in stored),
+        naming=plan.naming,
+    )
+
+
+def read_plan(path: Path) -> Plan:
+    """Read the configuration and all headers in directory `path`, and check that they agree.
+
+    Raises CheckpointError naming the file and the tensor or module where they do not.
+    """
+    config = read_model_config(path)
+    stored = read_directory(path)
+    naming = Naming.detect(stored)
+    tensors = {naming.to_published(name): tensor for name, tensor in stored.items()}
+    if config.num_mtp_layers and not any(name.startswith("mtp.") for name in tensors):
+        logger.info("%s has no tensors of its prediction head: loading without it", path)
+        config = config.without_mtp()
+    quant = _quantisation(path, config, tensors)
+    _account(path, stored, tensor_table(config, quant, naming=naming))
+    return Plan(path=path, config=config, quant=quant, naming=naming, tensors=tensors)
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read the shape in `path`/config.json; raise CheckpointError naming the file."""
+    try:
+        return ModelConfig.load(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+
+
+def _read_generation_config(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    return read_hf_config(file) if file.exists() else {}
+
+
+def _quantisation(
+    path: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]
+) -> QuantConfig:
+    """Find the format of each matrix from its tensors, and check it against what is declared."""
+    declared = read_quant(path, config) or Declared("config.json", QuantConfig())
+    found = {module: _format(module, tensors) for module in matrices(config)}
+    static = any(fmt == "nvfp4" for _, fmt in found.values())
+    formats: dict[str, str] = {}
+    for module, (tensor, fmt) in found.items():
+        wanted = declared.quant.formats.get(module)
+        if tensor is None or (static and (fmt, wanted) == ("w4a16_nvfp4", "nvfp4")):
+            fmt = wanted  # something is missing: let the accounting name it
+        elif fmt is None and module.startswith("mtp."):
+            # Exporters pass the prediction head through without naming it among the exceptions.
+            wanted = None
+        same = fmt == wanted or (fmt in NVFP4_FORMATS and wanted in NVFP4_FORMATS)
+        if tensor is not None and not same:
+            raise CheckpointError(
+                f"{tensor.file}: {module} is stored as {fmt or 'an unquantised matrix'}, but "
+                f"{declared.source} declares it {wanted or 'unquantised'}"
+            )
+        if fmt is not None:
+            formats[module] = fmt
+    kv_scales = any(name.endswith((".k_scale", ".v_scale")) for name in tensors)
+    return replace(declared.quant, formats=formats, kv_scales=kv_scales)
+
+
+def _format(
+    module: str, published: Mapping[str, StoredTensor]
+) -> tuple[StoredTensor | None, str | None]:
+    """Return the tensor that holds the weight of `module`, and its format."""
+    for packed, _, input_scale in NVFP4_TENSORS.values():
+        tensor = published.get(f"{module}.{packed}")
+        if tensor is not None and tensor.dtype == "U8":
+            static = f"{module}.{input_scale}" in published
+            return tensor, "nvfp4" if static else "w4a16_nvfp4"
+    tensor = published.get(f"{module}.weight")
+    return tensor, "fp8" if tensor is not None and tensor.dtype == "F8_E4M3" else None
+
+
+def _account(
+    path: Path, stored: Mapping[str, StoredTensor], table: Mapping[str, TensorSpec]
+) -> None:
+    """Check that the files hold exactly the tensors of `table`, in the right shapes and dtypes."""
+    missing, unexpected = table.keys() - stored.keys(), stored.keys() - table.keys()
+    if missing or unexpected:
+        parts = [
+            f"{len(names)} {kind}: {_some(names)}"
+            for kind, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        raise CheckpointError(f"{path}: tensors do not fit the configuration; {'; '.join(parts)}")
+    for name, spec in table.items():
+        tensor = stored[name]
+        scalar = not spec.shape and tensor.shape == (1,)
+        if tensor.shape != spec.shape and not scalar:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}, "
+                f"but the configuration makes it {list(spec.shape)}"
+            )
+        if tensor.dtype not in spec.dtypes:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}, "
+                f"expected {' or '.join(spec.dtypes)}"
+            )
+
+
+def _some(names: Iterable[str]) -> str:
+    """List a few names and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - _LISTED
+    return ", ".join(ordered[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def fill(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> None:
+    """Copy `tensors` (by published name) into the parameters of `model`, replacing those.
+
+    Memory is allocated in the stored dtype when the first part of a parameter comes. Raises
+    CheckpointError for a parameter that is filled twice or not at all, and for a scale that is
+    not a finite positive number.
+    """
+    parameters = dict(model.named_parameters())
+    values: dict[str, Tensor] = {}
+    parts: dict[str, set[int | None]] = {}
+    for file, group in itertools.groupby(tensors.items(), key=lambda item: item[1].file):
+        mapped = MappedFile(file)
+        for published, tensor in group:
+            name, expert = parameter_of(published)
+            if name not in parameters:
+                raise CheckpointError(f"{file}: tensor {tensor.name!r} belongs to no parameter")
+            value = values.get(name)
+            if value is None:
+                shape, dtype = parameters[name].shape, DTYPES[tensor.dtype]
+                value = values[name] = torch.empty(shape, dtype=dtype, device="cpu")
+            if DTYPES[tensor.dtype] != value.dtype or expert in parts.setdefault(name, set()):
+                raise CheckpointError(
+                    f"{file}: tensor {tensor.name!r} ({tensor.dtype}) fills {name} twice, or its "
+                    "dtype is not that of its fellow experts"
+                )
+            source = mapped.tensor(tensor)
+            _check_scale(tensor, source)
+            target = value if expert is None else value[expert]
+            target.copy_(source.view(target.shape))
+            parts[name].add(expert)
+            mapped.release(tensor)
+    unfilled = [
+        name for name, value in parameters.items() if not _complete(value, parts.get(name, set()))
+    ]
+    if unfilled:
+        raise CheckpointError(f"{len(unfilled)} parameters not filled: {_some(unfilled)}")
+    for name, value in values.items():
+        set_parameter(model, name, value)
+
+
+def _complete(parameter: Tensor, parts: set[int | None]) -> bool:
+    return parts == {None} or (None not in parts and 0 < len(parts) == parameter.shape[0])
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` in place of parameter `name`, trainable if that was."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    trainable = getattr(module, leaf).requires_grad
+    setattr(module, leaf, nn.Parameter(value, requires_grad=trainable))
+
+
+def _check_scale(tensor: StoredTensor, value: Tensor) -> None:
+    """Raise CheckpointError if `value` is a scale with a NaN, an infinity or a sign."""
+    leaf = tensor.name.rpartition(".")[2]
+    if leaf not in _SCALES:
+        return
+    if value.dtype == torch.float8_e4m3fn:
+        codes = value.view(torch.uint8)
+        if not codes.numel() or int(codes.max()) <= _LARGEST_E4M3:
+            return
+        bad = int(codes[codes > _LARGEST_E4M3][0])
+        kind = "NaN" if bad & 0x7F == 0x7F else "a negative value"
+    else:
+        number = float(value)
+        usable = number > 0 if leaf in _DIVISORS else number >= 0
+        if usable and math.isfinite(number):
+            return
+        kind = str(number)
+    raise CheckpointError(
+        f"{tensor.file}: tensor {tensor.name!r} holds {kind}: a scale must be finite and positive; "
+        "the file is damaged or was quantised wrongly"
+    )
+
+
+def _load_dummy(source: str | Path, compute_dtype: torch.dtype) -> Checkpoint:
+    """Draw random weights for the preset or the directory that `source` names."""
+    name, path, quant = str(source), Path(source).expanduser(), QuantConfig()
+    if path.is_dir():
+        config = read_model_config(path)
+        declared = read_quant(path, config)
+        quant = declared.quant if declared else quant
+    elif name in QUANT_PRESETS:
+        config, quant, path = PRESETS[QUANT_PRESETS[name].base], quant_preset(name), None
+    elif name in PRESETS:
+        config, path = PRESETS[name], None
+    else:
+        known = ", ".join((*PRESETS, *QUANT_PRESETS))
+        raise CheckpointError(f"no preset or directory {name!r}: the presets are {known}")
+    with torch.device("meta"):
+        model = HybridModel(config, quant, compute_dtype=compute_dtype)
+    generator = torch.Generator().manual_seed(_DUMMY_SEED)
+    parameters = dict(model.named_parameters())
+    for parameter, meta in parameters.items():
+        set_parameter(model, parameter, torch.empty(meta.shape, dtype=meta.dtype, device="cpu"))
+    model.init_weights(generator)
+    _randomise_quantised(model, generator)
+    generation = _read_generation_config(path) if path else {}
+    return Checkpoint(
+        path=path, config=config, quant=quant, model=model.eval(), generation_config=generation
+    )
+
+
+@torch.no_grad()
+def _randomise_quantised(model: HybridModel, generator: torch.Generator) -> None:
+    """Give quantised matrices random codes, and scales that make values of the usual size."""
+    deviation = model.config.initializer_range
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if parameter.dtype == torch.uint8:
+            parameter.random_(0, 256, generator=generator)
+        elif parameter.dtype == torch.float8_e4m3fn and leaf == "weight":
+            drawn = torch.empty(parameter.shape).normal_(0, 1, generator=generator)
+            parameter.copy_(drawn)
+        elif leaf in _SCALES:
+            # Codes have a deviation near 3, FP8 weights one of 1.
+            block = parameter.dtype == torch.float8_e4m3fn
+            small = {"weight_scale_2": deviation / 3, "weight_scale": 1.0 if block else deviation}
+            divided = {"weight_global_scale": 3 / deviation}
+            parameter.fill_((small | divided).get(leaf, 1.0))

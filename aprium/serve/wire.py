@@ -1,0 +1,371 @@
+"""Requests as they come over HTTP: the OpenAI fields, vLLM's extras, and what they mean here.
+
+A body becomes a pydantic model, and that becomes `Message`s and `SamplingParams`. A field that
+would change the answer and is not supported is refused by name, unless it has the value that
+changes nothing; every other unknown field is ignored, as clients send many. No torch here.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
+
+from aprium.base.errors import RequestError
+from aprium.base.records import Message, SamplingParams, ToolCall
+
+_NEUTRAL = (None, False, 0, [], {}, "")
+_LATER = "it is not supported yet, leave it out"
+_GUIDED = "structured output is not supported yet, describe the form in the prompt instead"
+_PENALTY = "penalties are not supported, leave it out or adjust temperature and min_p"
+
+# Field -> (values that change nothing, what to do instead).
+_REFUSED: dict[str, tuple[Sequence[Any], str]] = {
+    "frequency_penalty": (_NEUTRAL, _PENALTY),
+    "presence_penalty": (_NEUTRAL, _PENALTY),
+    "repetition_penalty": ((None, 1), _PENALTY),
+    "length_penalty": ((None, 1), "beam search is not supported, leave it out"),
+    "use_beam_search": (_NEUTRAL, "beam search is not supported, use n and temperature"),
+    "best_of": ((None, 1), "use n, and choose among the answers by logprobs"),
+    "logit_bias": (_NEUTRAL, "token biases are not supported, leave it out"),
+    "bad_words": (_NEUTRAL, "token biases are not supported, leave it out"),
+    "allowed_token_ids": (_NEUTRAL, "token biases are not supported, leave it out"),
+    "min_tokens": (_NEUTRAL, "use ignore_eos with max_tokens for a fixed length"),
+    "response_format": ((None, {"type": "text"}), _GUIDED),
+    "structured_outputs": (_NEUTRAL, _GUIDED),
+    "guided_json": (_NEUTRAL, _GUIDED),
+    "guided_regex": (_NEUTRAL, _GUIDED),
+    "guided_choice": (_NEUTRAL, _GUIDED),
+    "guided_grammar": (_NEUTRAL, _GUIDED),
+    "grammar": (_NEUTRAL, _GUIDED),
+    "json_schema": (_NEUTRAL, _GUIDED),
+    "thinking_token_budget": (_NEUTRAL, "limit the answer with max_completion_tokens instead"),
+    "reasoning_budget": (_NEUTRAL, "limit the answer with max_completion_tokens instead"),
+    "functions": (_NEUTRAL, "use tools, which replaced it"),
+    "function_call": ((None, "none", "auto"), "use tool_choice, which replaced it"),
+    "web_search_options": (_NEUTRAL[:1], "the model has no web access, leave it out"),
+    "audio": (_NEUTRAL, "this family writes text only"),
+    "modalities": ((None, ["text"]), "this family writes text only"),
+    "suffix": (_NEUTRAL, "the model only continues text, put everything into the prompt"),
+    "prompt_embeds": (_NEUTRAL, "send the prompt as text or token ids"),
+    "prompt_logprobs": (_NEUTRAL[:1], "use echo with logprobs on /v1/completions"),
+    "truncate_prompt_tokens": (_NEUTRAL[:1], "shorten the prompt before sending it"),
+    "skip_special_tokens": ((None, True), "use return_token_ids and /detokenize"),
+    "include_stop_str_in_output": (_NEUTRAL, "the stop is given as stop_reason"),
+    "continue_final_message": (_NEUTRAL, "send a plain prompt to /v1/completions instead"),
+    "chat_template": (_NEUTRAL[:1], "start the server with --chat-template FILE"),
+    "documents": (_NEUTRAL, "put the documents into a message"),
+    "kv_transfer_params": (_NEUTRAL, _LATER),
+}
+
+
+def _read_prompt(value: Any) -> Any:
+    """Check the four forms of a prompt, which a union would report four times over."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        kinds = {type(item) for item in value}
+        ids = [value] if kinds == {int} else value if kinds == {list} else []
+        if kinds == {str} or (ids and all(set(map(type, item)) == {int} for item in ids)):
+            return value
+    raise ValueError(
+        "must be a string, a list of strings, a list of token ids, or a list of such lists"
+    )
+
+
+class _Body(BaseModel):
+    """What all bodies share; fields not named stay in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: StrictStr | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Raise RequestError for a field that would change the answer and is not supported."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in _REFUSED:
+                continue
+            neutral, remedy = _REFUSED[name]
+            if value not in neutral:
+                raise RequestError(
+                    f"{name} is {_short(value)}, which this server does not support: {remedy}",
+                    param=name,
+                )
+
+
+class StreamOptions(BaseModel):
+    """`include_usage` adds a last chunk with token counts."""
+
+    include_usage: bool = False
+
+
+class _Generation(_Body):
+    """The sampling fields that chat and plain completions share."""
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: StrictInt | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: StrictInt | None = None
+    min_p: float | None = None
+    seed: StrictInt | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    ignore_eos: bool = False
+    max_tokens: StrictInt | None = None
+    return_token_ids: bool = False
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _sampling(
+        self,
+        defaults: Mapping[str, Any],
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
+        names = ("temperature", "top_p", "top_k", "min_p")
+        given = {name: getattr(self, name) for name in names}
+        given = {k: defaults.get(k) if v is None else v for k, v in given.items()}
+        stop = self.stop or ()
+        return SamplingParams(
+            **{name: value for name, value in given.items() if value is not None},
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            n=1 if self.n is None else self.n,
+            seed=self.seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+        )
+
+
+class CompletionRequest(_Generation):
+    """The body of /v1/completions."""
+
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_read_prompt)]
+    echo: bool = False
+    logprobs: StrictInt | None = None
+    add_special_tokens: bool = True
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts one by one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType] - checked on the way in
+        return list(self.prompt)  # pyright: ignore[reportReturnType]
+
+    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return how to continue the prompts; `defaults` are those of `generation_config.json`."""
+        return self._sampling(
+            defaults,
+            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+        )
+
+
+class ContentPart(BaseModel):
+    """One part of a message's content; only text parts can be read."""
+
+    type: StrictStr = "text"
+    text: StrictStr | None = None
+
+
+class FunctionCall(BaseModel):
+    """The function of a tool call; `arguments` is JSON text, or the object itself."""
+
+    name: StrictStr
+    arguments: StrictStr | dict[str, Any] = "{}"
+
+
+class WireToolCall(BaseModel):
+    """A tool call in an earlier assistant turn."""
+
+    id: StrictStr | None = None
+    function: FunctionCall
+
+
+class WireMessage(BaseModel):
+    """One message of a conversation."""
+
+    role: StrictStr
+    content: StrictStr | list[ContentPart] | None = None
+    reasoning: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
+    tool_calls: list[WireToolCall] | None = None
+    tool_call_id: StrictStr | None = None
+
+    def to_message(self, where: str) -> Message:
+        """Return the record; `where` names the message in errors."""
+        content = self.content
+        if isinstance(content, list):
+            for part in content:
+                if part.type not in ("text", "input_text") or part.text is None:
+                    raise RequestError(
+                        f"{where}.content has a part of type {_short(part.type)}: this family "
+                        "reads text only",
+                        param="messages",
+                    )
+            content = "".join(part.text or "" for part in content)
+        return Message(
+            role="system" if self.role == "developer" else self.role,
+            content=content,
+            reasoning=self.reasoning if self.reasoning is not None else self.reasoning_content,
+            tool_calls=tuple(
+                ToolCall(name=c.function.name, arguments=_text(c.function.arguments), id=c.id)
+                for c in self.tool_calls or ()
+            ),
+            tool_call_id=self.tool_call_id,
+        )
+
+
+class Function(BaseModel):
+    """The function of a tool; other fields are passed to the template as they came."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: StrictStr = Field(min_length=1)
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    """A tool the model may call."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class _Conversation(_Body):
+    """The fields that make a prompt out of messages."""
+
+    messages: list[WireMessage] = Field(min_length=1)
+    tools: list[Tool] | None = None
+    tool_choice: Any = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: StrictStr | None = None
+
+    def records(self) -> list[Message]:
+        """Return the conversation as records."""
+        return [m.to_message(f"messages[{i}]") for i, m in enumerate(self.messages)]
+
+    def tool_dicts(self) -> list[dict[str, Any]]:
+        """Return the tools to offer, in the OpenAI form; none with tool_choice "none".
+
+        Raises RequestError for a choice that would need structured output.
+        """
+        choice = self.tool_choice
+        if choice not in (None, "auto", "none"):
+            raise RequestError(
+                f"tool_choice is {_short(choice)}: only 'auto' and 'none' are supported so far; "
+                "offer just the tool to be called and say so in a message",
+                param="tool_choice",
+            )
+        if choice == "none":
+            return []
+        return [tool.model_dump(exclude_unset=True) for tool in self.tools or ()]
+
+    def template_kwargs(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the template's switches: `defaults`, then the effort, then the request's own."""
+        own = self.chat_template_kwargs or {}
+        for name in ("self", "messages", "tools", "documents", "add_generation_prompt"):
+            if name in own:
+                raise RequestError(
+                    f"chat_template_kwargs may not set {name!r}: use the field of that name",
+                    param="chat_template_kwargs",
+                )
+        return {**defaults, **_effort(self.reasoning_effort), **own}
+
+
+class ChatRequest(_Conversation, _Generation):
+    """The body of /v1/chat/completions."""
+
+    max_completion_tokens: StrictInt | None = None
+    logprobs: bool = False
+    top_logprobs: StrictInt | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+
+    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return how to answer; `defaults` are those of `generation_config.json`."""
+        if self.top_logprobs is not None and self.top_logprobs > 0 and not self.logprobs:
+            raise RequestError(
+                f"top_logprobs is {self.top_logprobs}: it needs logprobs true",
+                param="top_logprobs",
+            )
+        limit = self.max_completion_tokens
+        return self._sampling(
+            defaults,
+            max_tokens=self.max_tokens if limit is None else limit,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+class TokenizeRequest(_Body):
+    """The body of /tokenize with a plain prompt."""
+
+    prompt: StrictStr
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatRequest(_Conversation):
+    """The body of /tokenize with a conversation."""
+
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(_Body):
+    """The body of /detokenize."""
+
+    tokens: list[StrictInt]
+
+
+def describe_invalid(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """Say in one line what pydantic found wrong first, and in which field."""
+    first = errors[0]
+    path = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid" or not path:
+        return f"the body is not a JSON object: {first['msg']}", None
+    # A union reports each of its options by type name; the field is what counts.
+    names = [str(p) for p in path if isinstance(p, int) or str(p).isidentifier()]
+    field = ".".join(n for n in names if n not in ("str", "int", "list", "dict"))
+    if first["type"] == "missing":
+        return f"{field} is missing", field
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{field} is {_short(first['input'])}: {message}", field
+
+
+def _effort(effort: str | None) -> dict[str, Any]:
+    """Return the template switches for `reasoning_effort`; the members of the family differ."""
+    if effort is None:
+        return {}
+    switches: dict[str, dict[str, Any]] = {
+        "none": {"enable_thinking": False},
+        "minimal": {"low_effort": True},
+        "low": {"low_effort": True},
+        "medium": {"medium_effort": True},
+    }
+    return {"reasoning_effort": effort, **switches.get(effort, {})}
+
+
+def _text(arguments: str | dict[str, Any]) -> str:
+    if isinstance(arguments, str):
+        return arguments
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

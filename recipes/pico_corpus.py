@@ -1,0 +1,203 @@
+"""Make pico's corpus, word list, conversations and tokenizer from installed Debian packages.
+
+    apt-get install --no-install-recommends wordnet-base fortunes fortunes-min python3.11-doc
+    python recipes/pico_corpus.py runs/pico
+
+Text: WordNet 3.0 glosses (WordNet licence), Python's tutorial and library reference (PSF licence),
+fortunes (mostly short quotations). One document in fifty is held out by a hash of its text.
+"""
+
+import gzip
+import hashlib
+import json
+import random
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from aprium.base.records import Message
+from aprium.data.sources import read_jsonl
+from aprium.envs.families import FAMILIES, draw
+from aprium.text.chat import ChatTemplate
+
+HERE = Path(__file__).parent
+WORDNET = Path("/usr/share/wordnet")
+FORTUNES = Path("/usr/share/games/fortunes")
+PYTHON_DOC = Path("/usr/share/doc/python3.11/html/_sources")
+FORTUNE_FILES = (
+    "computers", "debian", "definitions", "education", "food", "fortunes", "goedel", "kids", "law",
+    "linux", "linuxcookie", "literature", "miscellaneous", "news", "people", "pets", "platitudes",
+    "riddles", "science", "sports", "startrek", "tao", "wisdom", "work",
+)  # fmt: skip
+VOCAB_SIZE = 2048
+SPECIAL = (
+    "<unk>", "<s>", "</s>", *(f"<SPECIAL_{i}>" for i in range(3, 10)),
+    "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
+)  # fmt: skip
+# Words with their space, single digits, punctuation runs, white space.
+PATTERN = r" ?[\p{L}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def held_out(text: str) -> bool:
+    """Tell whether a document belongs to the evaluation set."""
+    return hashlib.sha256(text.encode()).digest()[0] < 256 // 50
+
+
+def glosses() -> Iterator[tuple[str, str, int]]:
+    """Yield (word, first gloss, how often WordNet's texts use the word), nouns first."""
+    counts: Counter[str] = Counter()
+    for line in (WORDNET / "cntlist.rev").read_text().splitlines():
+        key, _, count = line.split()
+        counts[key.split("%")[0]] += int(count)
+    seen: set[str] = set()
+    for kind in ("noun", "verb", "adj"):
+        gloss_at = {}
+        for line in (WORDNET / f"data.{kind}").read_text().splitlines():
+            if not line.startswith(" "):
+                gloss_at[line[:8]] = line.split(" | ", 1)[1].strip()
+        for line in (WORDNET / f"index.{kind}").read_text().splitlines():
+            word = line.split(" ", 1)[0]
+            if not re.fullmatch(r"[a-z]{3,8}", word) or word in seen:
+                continue
+            seen.add(word)
+            offset = next(f for f in line.split() if re.fullmatch(r"\d{8}", f))
+            first = re.sub(r'\s*["(].*', "", gloss_at[offset].split(";")[0]).strip()
+            if first:
+                yield word, first, counts[word]
+
+
+def documents(defined: list[tuple[str, str, int]]) -> Iterator[str]:
+    """Yield the texts of all packages, each once."""
+    seen: set[str] = set()
+    for text in _raw_documents(defined):
+        text = text.strip()
+        if 20 <= len(text) and text not in seen:
+            seen.add(text)
+            yield text
+
+
+def _raw_documents(defined: list[tuple[str, str, int]]) -> Iterator[str]:
+    by_use = sorted(defined, key=lambda item: -item[2])[:12000]
+    random.Random(0).shuffle(by_use)
+    for begin in range(0, len(by_use), 8):
+        yield "\n".join(f"{word}: {gloss}." for word, gloss, _ in by_use[begin : begin + 8])
+    for name in FORTUNE_FILES:
+        text = (FORTUNES / name).read_text(encoding="utf-8", errors="ignore")
+        yield from (part.replace("\t", "    ") for part in text.split("\n%\n") if len(part) < 900)
+    for folder in ("tutorial", "library", "howto", "faq"):
+        for file in sorted((PYTHON_DOC / folder).glob("*.rst.txt*")):
+            raw = gzip.open(file, "rt").read() if file.suffix == ".gz" else file.read_text()
+            yield from _prose(raw)
+
+
+def _prose(text: str) -> Iterator[str]:
+    """Yield the plain paragraphs of a reStructuredText file, a few at a time."""
+    kept = []
+    for paragraph in text.split("\n\n"):
+        plain = re.sub(r":\w+(?::\w+)?:`[~!]?([^`<]+?)(?: <[^>]+>)?`", r"\1", paragraph)
+        plain = plain.replace("``", "").replace("*", "")
+        words = plain.split()
+        if plain[:1].isalpha() and len(words) > 12 and ".. " not in plain and "::" not in plain:
+            kept.append(" ".join(words))
+    for begin in range(0, len(kept), 4):
+        yield "\n".join(kept[begin : begin + 4])
+
+
+def conversations(defined: list[tuple[str, str, int]]) -> Iterator[list[dict[str, str]]]:
+    """Yield small conversations: who pico is, greetings, and what common words mean."""
+    for row in read_jsonl(HERE / "pico" / "faq.jsonl"):
+        for question in row["questions"]:
+            yield [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": row["answer"]},
+            ]
+    by_use = sorted(defined, key=lambda item: -item[2])[:1500]
+    for word, gloss, _ in by_use:
+        for form in ("What does {} mean?", "Define {}.", "What is the meaning of {}?"):
+            answer = f"{gloss[0].upper()}{gloss[1:]}."
+            yield [
+                {"role": "user", "content": form.format(word)},
+                {"role": "assistant", "content": answer},
+            ]
+
+
+def train_tokenizer(texts: list[str], words: list[str], template: ChatTemplate) -> Tokenizer:
+    """Train the byte-level BPE on the corpus and on rendered tasks in equal parts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    rng = random.Random(0)
+    rendered, size = [], sum(map(len, texts))
+    while size > 0:
+        task = draw(rng.choice(list(FAMILIES)), rng, words, held_out=False)
+        messages: list[Message] = list(task.messages(thinking=True))
+        text = template.render(messages, task.tools, add_generation_prompt=False)
+        # The marks are added tokens of their own and must not shape the merges.
+        rendered.append(re.sub(r"<\|im_\w+\|>|</?think>|</?tool_call>", "\n", text))
+        size -= len(rendered[-1])
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator([*texts, *rendered], trainer)
+    assert [tokenizer.token_to_id(token) for token in SPECIAL] == list(range(len(SPECIAL)))
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer's files as a published checkpoint has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    shutil.copy(HERE / "pico" / "chat_template.jinja", folder)
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    config = names | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 8192,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+    }
+    generation = {"bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0}
+    generation |= {"do_sample": True, "temperature": 1.0, "top_p": 0.95}
+    for name, data in (
+        ("tokenizer_config.json", config),
+        ("special_tokens_map.json", names),
+        ("generation_config.json", generation),
+    ):
+        (folder / name).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def main(output: Path) -> None:
+    """Write corpus, conversations, words and tokenizer under `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    defined = list(glosses())
+    texts = list(documents(defined))
+    for name, wanted in (("train", False), ("heldout", True)):
+        rows = [json.dumps({"text": t}) for t in texts if held_out(t) == wanted]
+        (output / f"text_{name}.jsonl").write_text("\n".join(rows) + "\n")
+    chats = [json.dumps({"messages": messages}) for messages in conversations(defined)]
+    random.Random(0).shuffle(chats)
+    (output / "chat.jsonl").write_text("\n".join(chats) + "\n")
+    words = sorted(word for word, _, _ in sorted(defined, key=lambda item: -item[2])[:5000])
+    (output / "words.txt").write_text("\n".join(words) + "\n")
+    template = ChatTemplate.load(HERE / "pico")
+    kept = [t for t in texts if not held_out(t)]
+    tokenizer = train_tokenizer(kept, words, template)
+    write_tokenizer(tokenizer, output / "tokenizer")
+    size = sum(map(len, texts))
+    print(f"{len(texts)} documents, {size / 1e6:.1f} MB, {len(chats)} conversations, {len(words)} words")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/pico"))

@@ -1,0 +1,73 @@
+"""Sizes of the generation state: right bytes, within bounds, or refused."""
+
+import logging
+
+import pytest
+import torch
+
+from aprium.base.errors import ConfigError
+from aprium.engine.memory import available_bytes, plan_cache
+from aprium.model.presets import preset
+from aprium.model.state import HybridState
+
+GIB = 1 << 30
+
+
+def plan(name="nano", *, free=64 * GIB, **options):
+    defaults = {
+        "dtype": torch.float32,
+        "max_model_len": None,
+        "max_num_seqs": 4,
+        "page_size": 64,
+        "kv_cache_bytes": None,
+    }
+    return plan_cache(preset(name), **(defaults | options), free_bytes=free)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_bytes_are_the_allocated_ones(dtype):
+    sizes = plan("toy", max_model_len=100, dtype=dtype, page_size=16)
+    state = HybridState.allocate(
+        preset("toy"), num_slots=4, num_pages=sizes.num_pages, page_size=16, dtype=dtype
+    )
+    assert state.num_bytes == sizes.kv_bytes + sizes.state_bytes
+
+
+def test_a_small_model_holds_every_sequence_at_full_length():
+    sizes = plan("toy")
+    assert sizes.num_pages == 4 * preset("toy").max_position_embeddings // 64
+
+
+def test_a_large_one_holds_at_least_one():
+    sizes = plan("nano")
+    assert sizes.max_model_len == preset("nano").max_position_embeddings
+    assert sizes.num_pages * 64 >= sizes.max_model_len
+    assert sizes.kv_bytes + sizes.state_bytes <= 32 * GIB
+
+
+def test_a_machine_too_small_shortens_the_context_aloud(caplog):
+    logging.getLogger("aprium").propagate = True
+    with caplog.at_level(logging.WARNING, logger="aprium"):
+        sizes = plan("nano", free=2 * GIB)
+    assert 0 < sizes.max_model_len < preset("nano").max_position_embeddings
+    assert sizes.max_model_len == sizes.num_pages * 64
+    assert sizes.kv_bytes + sizes.state_bytes <= GIB
+    assert str(sizes.max_model_len) in caplog.text
+
+
+def test_what_was_asked_for_is_not_shortened():
+    with pytest.raises(ConfigError, match="one sequence of 200000 tokens"):
+        plan("nano", free=2 * GIB, max_model_len=200_000)
+    with pytest.raises(ConfigError, match="recurrent states take 9"):
+        plan("nano", free=2 * GIB, max_num_seqs=200)
+
+
+def test_a_context_beyond_the_models_own_is_allowed_aloud(caplog):
+    logging.getLogger("aprium").propagate = True
+    with caplog.at_level(logging.WARNING, logger="aprium"):
+        sizes = plan("toy", max_model_len=10_000)
+    assert sizes.max_model_len == 10_000 and "4096" in caplog.text
+
+
+def test_this_machine_has_memory():
+    assert available_bytes() > 1 << 20
