@@ -161,7 +161,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     shutil.copy(HERE / "pico" / "chat_template.jinja", folder)
-    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<unk>",
+        "pad_token": "<unk>",
+    }
     config = names | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 8192,
@@ -196,7 +201,9 @@ def main(output: Path) -> None:
     tokenizer = train_tokenizer(kept, words, template)
     write_tokenizer(tokenizer, output / "tokenizer")
     size = sum(map(len, texts))
-    print(f"{len(texts)} documents, {size / 1e6:.1f} MB, {len(chats)} conversations, {len(words)} words")
+    print(
+        f"{len(texts)} documents, {size / 1e6:.1f} MB, {len(chats)} conversations, {len(words)} words"
+    )
 
 
 if __name__ == "__main__":

@@ -131,8 +131,7 @@ def _facts(
         "bits_per_parameter": round(8 * num_bytes / total, 3),
         "kv_bytes_per_token": kv_bytes_per_token(config),
         "kv_bytes_per_token_fp8": kv_bytes_per_token(config, 1),
-        "kv_bytes_per_token_mtp": kv_bytes_per_token(config, mtp=True)
-        - kv_bytes_per_token(config),
+        "kv_bytes_per_token_mtp": kv_bytes_per_token(config, mtp=True) - kv_bytes_per_token(config),
         "state_bytes_per_sequence": state_bytes_per_sequence(config),
         "max_position_embeddings": config.max_position_embeddings,
         "quantization": _describe(quant),
@@ -198,7 +197,9 @@ def _table(facts: dict[str, Any]) -> str:
     )
     state = facts["state_bytes_per_sequence"]
     lines.append(f"  state         {state:,} bytes per sequence ({_size(state)})")
-    lines.append(f"  context       {facts['max_position_embeddings']:,} tokens in the configuration")
+    lines.append(
+        f"  context       {facts['max_position_embeddings']:,} tokens in the configuration"
+    )
     quant = facts["quantization"]
     if quant is None:
         found = "none"

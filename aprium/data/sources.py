@@ -20,6 +20,9 @@ from aprium.envs.families import FAMILIES, draw
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 
+# Some families ask about several different words at once.
+_MIN_WORDS = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -149,6 +152,8 @@ class TaskSource:
         self._held_out = held_out
         self._families = config.families or tuple(FAMILIES)
         self._words = config.words.read_text(encoding="utf-8").split()
+        if len(self._words) < _MIN_WORDS:
+            raise DataError(f"{config.words} has fewer than {_MIN_WORDS} words")
 
     def sample(self, number: int) -> Sample:
         """Return sample `number`."""

@@ -79,9 +79,7 @@ class LiveSequence:
         elif self.num_generated >= self.max_tokens:
             self.finish = "length"
 
-    def add_scores(
-        self, logprobs: Sequence[float], alternatives: Sequence[TopLogprobs]
-    ) -> None:
+    def add_scores(self, logprobs: Sequence[float], alternatives: Sequence[TopLogprobs]) -> None:
         """Add log-probabilities of the next prompt tokens; entry 0 of the whole is None."""
         if not self.prompt_logprobs:
             self.prompt_logprobs.append(None)

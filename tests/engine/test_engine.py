@@ -12,7 +12,9 @@ from aprium.engine.engine import Engine, EngineConfig
 from aprium.engine.memory import page_bytes
 from aprium.model.layout import Layout
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=2, logprobs=2)
+GREEDY = SamplingParams(
+    temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=2, logprobs=2
+)
 SAMPLED = SamplingParams(
     temperature=1.3, top_p=0.95, top_k=60, min_p=0.01, seed=7, max_tokens=9, ignore_eos=True
 )
