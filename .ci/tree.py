@@ -1,6 +1,6 @@
 """Write the README's file tree from the first line of each module's docstring, or check it.
 
-    python .ci/tree.py [--check]
+python .ci/tree.py [--check]
 """
 
 import ast

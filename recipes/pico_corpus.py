@@ -91,7 +91,11 @@ def _raw_documents(defined: list[tuple[str, str, int]]) -> Iterator[str]:
         yield from (part.replace("\t", "    ") for part in text.split("\n%\n") if len(part) < 900)
     for folder in ("tutorial", "library", "howto", "faq"):
         for file in sorted((PYTHON_DOC / folder).glob("*.rst.txt*")):
-            raw = gzip.open(file, "rt").read() if file.suffix == ".gz" else file.read_text()
+            raw = (
+                gzip.decompress(file.read_bytes()).decode()
+                if file.suffix == ".gz"
+                else file.read_text()
+            )
             yield from _prose(raw)
 
 

@@ -2,8 +2,8 @@
 
 Every source is an endless deterministic sequence of samples, addressed by number, so that a
 position is one integer and resuming is exact. Text documents longer than `max_length` are cut
-into consecutive samples, each token predicted once. In conversations the last turn, the
-assistant's, is weighted. The mixture takes from the source that is furthest behind its share of tokens.
+into consecutive samples, each token predicted once. In conversations the last turn, which is the
+assistant's, is weighted. The mixture takes from the source furthest behind its share of tokens.
 """
 
 import json
@@ -115,7 +115,7 @@ class TextSource:
 
 
 class ChatSource:
-    """Conversations of a JSONL file, in order, again and again, with thinking on and off in turn."""
+    """Conversations of a JSONL file in order, again and again, thinking on and off in turn."""
 
     def __init__(self, name: str, path: Path, text: Text, max_length: int) -> None:
         self._samples = []

@@ -119,6 +119,6 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     longest = max(map(len, stop), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         end = text[-size:]
-        if any(s.startswith(end) for s in stop):
+        if any(len(s) > size and s.startswith(end) for s in stop):
             return size
     return 0

@@ -53,7 +53,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -69,14 +69,14 @@ class LLM:
         """
         split = split_prompts(prompts)
         if not isinstance(params, Sequence):
-            params = [params or default_params(self.generation_config)] * len(split)
+            params = [params] * len(split)
         if len(params) != len(split):
             raise RequestError(
                 f"{len(params)} params for {len(split)} prompts: give one, or one each",
                 param="params",
             )
         options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
-        jobs = _Jobs(self._owner)
+        jobs = _Jobs(self._owner, self.generation_config)
         for prompt, some in zip(split, params, strict=True):
             tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
             jobs.add(tokens, some, self.tokenizer)
@@ -100,8 +100,8 @@ class LLM:
         """
         options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
         tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
-        jobs = _Jobs(self._owner)
-        jobs.add(tokens, params or default_params(self.generation_config), self.tokenizer)
+        jobs = _Jobs(self._owner, self.generation_config)
+        jobs.add(tokens, params, self.tokenizer)
         return (a.completion() for batch in self._run(jobs) for a in batch)
 
     def score(self, tokens: Sequence[int] | str) -> list[float | None]:
@@ -180,8 +180,7 @@ class AsyncEngine:
         The call itself raises RequestError when the request cannot be served, EngineError when the
         engine has failed or is closed. `request_id` only serves to recognise it in messages.
         """
-        jobs = _Jobs(self._owner)
-        params = params or default_params(self.generation_config)
+        jobs = _Jobs(self._owner, self.generation_config)
         jobs.add(tuple(tokens), params, self.tokenizer, request_id)
         return self._run(jobs)
 
@@ -225,8 +224,9 @@ def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
 class _Jobs:
     """Continuations submitted together: their requests, and what has become of each."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, generation_config: Mapping[str, Any]) -> None:
         self._owner = owner
+        self._generation_config = generation_config
         self._requests: list[Request] = []
         self.assemblers: dict[str, Assembler] = {}
         self.open: set[str] = set()
@@ -234,7 +234,7 @@ class _Jobs:
     def add(
         self,
         tokens: tuple[int, ...],
-        params: SamplingParams,
+        params: SamplingParams | None,
         tokenizer: Tokenizer | None,
         request_id: str | None = None,
     ) -> None:
@@ -242,6 +242,11 @@ class _Jobs:
 
         Raises RequestError when they can never be served, EngineError when the engine has stopped.
         """
+        if params is None:
+            params = default_params(self._generation_config)
+            # Nobody asked for this number, so it gives way to the context.
+            room = max(1, self._owner.engine.max_model_len - len(tokens))
+            params = dataclasses.replace(params, max_tokens=min(room, params.max_tokens or room))
         if params.stop and tokenizer is None:
             raise RequestError(
                 "this model has no tokenizer files: use stop_token_ids instead of stop",

@@ -1,8 +1,8 @@
 """A task: what is asked, the one right answer, and a worked solution to learn from.
 
 Tasks are made by families (`envs.families`) from a random generator, so there is no end of them.
-Whether an item is held out follows from a hash of what is asked (the word, the numbers), not of how:
-whatever the seeds and the phrasing, an item that was trained on is never one that is tested on.
+Whether an item is held out follows from a hash of what is asked (the word, the numbers) and not of
+how: whatever seed and phrasing, an item that was trained on is never one that is tested on.
 """
 
 import hashlib
@@ -18,8 +18,9 @@ _HELD_OUT_SHARE = 16
 class Task:
     """One verifiable item.
 
-    `key` names what is asked, whatever the phrasing. `reasoning` is a worked solution, empty where there is nothing to work out. A task that wants
-    a tool call has `call` and no `answer`; its tools are JSON-schema descriptions.
+    `key` names what is asked, whatever the phrasing. `reasoning` is a worked solution, empty where
+    there is nothing to work out. A task that wants a tool call has `call` and no `answer`; its
+    tools are JSON-schema descriptions.
     """
 
     family: str

@@ -5,7 +5,6 @@ result would depend on what it was batched with. Rows are therefore padded to a 
 `ROW_TILE`, from where on the order is the same for every row (tests/ops/test_matmul.py).
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -43,8 +43,8 @@ def scan(
     """Run the recurrence over packed segments from given states.
 
     `x` [T, H, P], `dt` [T, H] after softplus, `a` [H] negative, `b`, `c` [T, G, N], `d` [H];
-    `state` [S, H, P, N] before each segment. Returns y [T, H, P] and the states after: [S, H, P, N].
-    Head i reads group i // (H / G).
+    `state` [S, H, P, N] before each segment. Returns y [T, H, P] and the states after
+    [S, H, P, N]. Head i reads group i // (H / G).
     """
     groups = b.shape[1]
     decay = torch.exp(dt * a)

@@ -149,7 +149,7 @@ class Trainer:
         losses = compute_losses(self.model, batch, self.loss)
         if not torch.isfinite(losses.total):
             raise CheckpointError(
-                f"the loss at step {progress.step} is {float(losses.total.detach())}: resume from the last "
+                f"the loss at step {progress.step} is {losses.total.item()}: resume from the last "
                 "checkpoint with a lower learning rate"
             )
         losses.total.backward()

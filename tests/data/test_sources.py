@@ -100,7 +100,7 @@ def test_long_documents_are_cut_and_every_token_predicted_once(text: Text, tmp_p
     document = "the quick brown fox " * 30
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": document}))
     source = TextSource("t", tmp_path / "t.jsonl", text, max_length=16, seed=0)
-    expected = text.tokenizer.encode(document) + [2]
+    expected = [*text.tokenizer.encode(document), 2]
     pieces = sorted((source.sample(i) for i in range(len(source))), key=lambda s: s.tokens)
     assert all(len(s.tokens) <= 16 for s in pieces)
     assert sum(sum(s.ce_weight) for s in pieces) == len(expected) - 1

@@ -117,10 +117,20 @@ def drain_once(engine, results):
 
 
 def test_preemption_changes_no_bit(toy, requests, alone):
-    engine = make_engine(toy, max_model_len=104, block_size=4, kv_cache_bytes=pages(toy, 30, 4))
-    assert run(engine, requests) == alone
+    longest = max(len(r.tokens) + r.params.max_tokens for r in requests)
+    engine = make_engine(
+        toy,
+        max_num_seqs=16,
+        max_model_len=longest,
+        block_size=1,
+        kv_cache_bytes=pages(toy, longest, 1),
+    )
+    twice = [dataclasses.replace(r, id=f"{r.id}/{k}") for r in requests for k in (0, 1)]
+    results = run(engine, twice)
+    for request in requests:
+        assert results[f"{request.id}/0"] == results[f"{request.id}/1"] == alone[request.id]
     assert engine.stats().num_preemptions >= 3
-    assert engine.stats().pages_free == 30
+    assert engine.stats().pages_free == longest
 
 
 def test_abort_of_neighbours_changes_no_bit(toy, requests, alone):

@@ -1,4 +1,4 @@
-"""Packed causal convolution against torch's conv1d, one sequence at a time, and its carried tail."""
+"""Packed causal convolution against torch's conv1d, sequence by sequence, and its tail."""
 
 import pytest
 import torch

@@ -1,0 +1,127 @@
+"""Measure pico on held-out tasks and write its model card.
+
+    python recipes/pico_card.py CHECKPOINT runs/pico [--items 200]
+
+CHECKPOINT is a directory in the public layout; the second argument is what `pico_corpus.py` wrote.
+Greedy decoding, one question a conversation, no item twice. An item counts when the reply after
+the closing thinking tag is the answer word for word. The card's figures are only ever written here.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+from aprium import LLM, SamplingParams
+from aprium.checkpoint.info import model_info
+from aprium.data.sources import read_jsonl
+from aprium.envs.families import FAMILIES, draw
+from aprium.envs.task import Task, verify
+from aprium.text.parse import parse
+
+HERE = Path(__file__).parent
+GREEDY = SamplingParams(temperature=0, max_tokens=160)
+
+
+def held_out_items(family: str, words: list[str], count: int) -> list[Task]:
+    """Draw up to `count` different held-out items of a family."""
+    rng = random.Random(f"card {family}")
+    items: dict[str, Task] = {}
+    for _ in range(count * 20):
+        task = draw(family, rng, words, held_out=True)
+        items.setdefault(task.key, task)
+        if len(items) == count:
+            break
+    return list(items.values())
+
+
+def accuracy(llm: LLM, tasks: list[Task], *, thinking: bool) -> float:
+    """Return the share of `tasks` that the model solves."""
+    options = {"enable_thinking": thinking}
+    prompts = [[task.messages(thinking=False)[0]] for task in tasks]
+    completions = llm.generate(prompts, GREEDY, tools=tasks[0].tools, chat_template_kwargs=options)
+    solved = 0
+    for task, completion in zip(tasks, completions, strict=True):
+        reply = parse(completion.text, thinking=thinking, tools=task.tools)
+        solved += verify(task, reply.content or "", tuple(reply.tool_calls))
+    return solved / len(tasks)
+
+
+def constant_baseline(tasks: list[Task]) -> float:
+    """Return the accuracy of always giving the most frequent answer."""
+    answers = Counter(task.call.arguments if task.call else task.answer for task in tasks)
+    return answers.most_common(1)[0][1] / len(tasks)
+
+
+def bits_per_byte(llm: LLM, file: Path, limit: int = 150) -> float:
+    """Return the negative log2-likelihood of held-out documents per byte of text."""
+    assert llm.tokenizer is not None
+    nats = num_bytes = 0.0
+    for row in read_jsonl(file)[:limit]:
+        text = row["text"][:1500]
+        nats -= sum(p for p in llm.score(llm.tokenizer.encode(text)) if p is not None)
+        num_bytes += len(text.encode())
+    return nats / math.log(2) / num_bytes
+
+
+def main() -> None:
+    """Measure, then write README.md and evaluation.json into the checkpoint directory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--items", type=int, default=200)
+    args = parser.parse_args()
+    words = (args.corpus / "words.txt").read_text().split()
+    rows = []
+    with LLM(str(args.checkpoint)) as llm:
+        for family in FAMILIES:
+            tasks = held_out_items(family, words, args.items)
+            row = {
+                "family": family,
+                "example": tasks[0].question,
+                "items": len(tasks),
+                "constant": constant_baseline(tasks),
+                "thinking": accuracy(llm, tasks, thinking=True),
+                "direct": accuracy(llm, tasks, thinking=False),
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        text_bits = bits_per_byte(llm, args.corpus / "text_heldout.jsonl")
+    info = model_info(str(args.checkpoint))
+    result = {"text_bits_per_byte": text_bits, "families": rows}
+    (args.checkpoint / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    card = (HERE / "pico" / "card.md").read_text()
+    table = [
+        "| task | example | items | constant answer | thinking | direct |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = " | ".join(_percent(row[k], row["items"]) for k in ("thinking", "direct"))
+        table.append(
+            f"| {row['family']} | {row['example']} | {row['items']} "
+            f"| {100 * row['constant']:.0f} % | {figures} |"
+        )
+    mean = {k: sum(row[k] for row in rows) / len(rows) for k in ("thinking", "direct")}
+    values = {
+        "params_total": f"{info['params_total']:,}",
+        "params_active": f"{info['params_active']:,}",
+        "params_mtp": f"{info['params_mtp']:,}",
+        "table": "\n".join(table),
+        "mean_thinking": f"{100 * mean['thinking']:.1f}",
+        "mean_direct": f"{100 * mean['direct']:.1f}",
+        "text_bits": f"{text_bits:.2f}",
+    }
+    for name, value in values.items():
+        card = card.replace("{{" + name + "}}", value)
+    (args.checkpoint / "README.md").write_text(card)
+
+
+def _percent(share: float, items: int) -> str:
+    """Show a share with its standard error."""
+    return f"{100 * share:.0f} % +- {100 * math.sqrt(share * (1 - share) / items):.0f}"
+
+
+if __name__ == "__main__":
+    main()
