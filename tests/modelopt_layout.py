@@ -177,13 +177,9 @@ def _write_json(directory: Path, config: ModelConfig, scheme: str, formats: dict
             "config_groups": {
                 "group_0": {"targets": ["Linear"], "weights": group, "input_activations": group}
             },
-            "ignore": ["lm_head", "re:.*latent_proj", "re:.*[qkvo]_proj$", "re:mtp.*"]
-            + [
-                n
-                for n in matrices(config)
-                if n.split(".")[-2] == "mixer"
-                and "mtp" not in n
-                and n.endswith(("up_proj", "down_proj"))
+            "ignore": [
+                *("lm_head", "re:.*latent_proj", "re:.*[qkvo]_proj$", "re:mtp.*"),
+                r"re:backbone\.layers\.\d+\.mixer\.(up|down)_proj",
             ],
         }
     elif scheme == "compressed-fp8":

@@ -239,11 +239,13 @@ def fill(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> None:
             if value is None:
                 shape, dtype = parameters[name].shape, DTYPES[tensor.dtype]
                 value = values[name] = torch.empty(shape, dtype=dtype, device="cpu")
-            if DTYPES[tensor.dtype] != value.dtype or expert in parts.setdefault(name, set()):
+            if DTYPES[tensor.dtype] != value.dtype:
                 raise CheckpointError(
-                    f"{file}: tensor {tensor.name!r} ({tensor.dtype}) fills {name} twice, or its "
-                    "dtype is not that of its fellow experts"
+                    f"{file}: tensor {tensor.name!r} is {tensor.dtype}, but other parts of {name} "
+                    f"are {str(value.dtype).removeprefix('torch.')}: they must be stored alike"
                 )
+            if expert in parts.setdefault(name, set()):
+                raise CheckpointError(f"{file}: tensor {tensor.name!r} fills {name} a second time")
             source = mapped.tensor(tensor)
             _check_scale(tensor, source)
             target = value if expert is None else value[expert]

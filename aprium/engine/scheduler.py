@@ -91,7 +91,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def abort(self, sequence_id: str) -> LiveSequence | None:
-        """Drop a sequence wherever it stands; returns it, or None if it is not (or no more) here."""
+        """Drop a sequence wherever it stands; returns it, or None if it is not here (any more)."""
         sequence = self.sequences.get(sequence_id)
         if sequence is None:
             return None

@@ -89,7 +89,9 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[flo
     totals = weights.cumsum(-1, dtype=torch.float64)  # [R, V]
     goal = torch.tensor(numbers, dtype=torch.float64, device=logits.device).unsqueeze(1)
     # The first token whose running total exceeds the goal has a positive weight.
-    return torch.searchsorted(totals, goal * totals[:, -1:], right=True).squeeze(1)
+    found = torch.searchsorted(totals, goal * totals[:, -1:], right=True).squeeze(1)
+    # Logits that are not numbers have no such token; the caller sees it by the log-probability.
+    return found.clamp(max=logits.shape[1] - 1)
 
 
 def filtered(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

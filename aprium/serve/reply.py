@@ -7,7 +7,7 @@ one is made for every token. No torch here, and no web framework.
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from aprium.base.records import Completion, TopLogprobs
@@ -33,8 +33,8 @@ class Reply(Protocol):
         """Return the chunks sent at the end."""
         ...
 
-    def whole(self) -> dict[str, Any]:
-        """Return the reply in one piece."""
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the reply in one piece, from the finished completion of each choice."""
         ...
 
 
@@ -154,10 +154,12 @@ class ChatReply(_Base):
             choices[-1].update(self._end(completion, self._finish_reason(completion)))
         return [self._chunk([choice]) for choice in choices]
 
-    def whole(self) -> dict[str, Any]:
-        """Return the reply after `chunks` or `take` was given every completion."""
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the reply in one piece, from the finished completion of each choice."""
         choices = []
-        for index, completion in sorted(self._latest.items()):
+        for completion in completions:
+            index = completion.index
+            self._read(completion)
             choice: dict[str, Any] = {
                 "index": index,
                 "message": self._message(index),
@@ -230,10 +232,8 @@ class ChatReply(_Base):
         return self._call_ids.setdefault((index, call), f"call_{uuid.uuid4().hex[:24]}")
 
     def _logprobs(self, completion: Completion, start: int) -> dict[str, Any]:
-        tops = completion.top_logprobs or ({},) * len(completion.tokens)
-        rows = zip(completion.tokens, completion.logprobs, tops, strict=True)
         content = []
-        for token, logprob, top in list(rows)[start:]:
+        for token, logprob, top in _rows(completion, start):
             alternatives = list(top.items())[: self._chat.top_logprobs or 0]
             entry = self._token(token, logprob)
             entry["top_logprobs"] = [self._token(t, value) for t, value in alternatives]
@@ -266,6 +266,7 @@ class TextReply(_Base):
         self._texts = texts
         self._sent_text: dict[int, int] = {}
         self._offset: dict[int, int] = {}
+        self._opened: set[int] = set()
 
     def opening(self) -> list[dict[str, Any]]:
         """Return nothing: an echo comes with the first chunk."""
@@ -274,27 +275,26 @@ class TextReply(_Base):
     def chunks(self, completion: Completion) -> list[dict[str, Any]]:
         """Return one chunk for what is new."""
         index = completion.index
-        first = index not in self._latest
         self._latest[index] = completion
+        echo = self._plain.echo and index not in self._opened
         sent = self._sent_text.get(index, 0)
         text, done = completion.text[sent:], completion.finish is not None
-        if not text and not done and not (first and self._plain.echo):
-            if first:  # what opens a choice has not been sent
-                del self._latest[index]
+        if not text and not done and not echo:
             return []
         self._sent_text[index] = len(completion.text)
         start = self._new_tokens(completion)
-        choice = self._choice(completion, text, start, echo=first and self._plain.echo)
-        if self._plain.return_token_ids and not first:
+        choice = self._choice(completion, text, start, echo=echo)
+        if self._plain.return_token_ids and index in self._opened:
             del choice["prompt_token_ids"]
+        self._opened.add(index)
         return [self._chunk([choice])]
 
-    def whole(self) -> dict[str, Any]:
-        """Return the reply after `chunks` was given every completion."""
-        self._offset.clear()
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the reply in one piece, from the finished completion of each choice."""
+        self._latest = {completion.index: completion for completion in completions}
         choices = [
             self._choice(completion, completion.text, 0, echo=self._plain.echo)
-            for _, completion in sorted(self._latest.items())
+            for completion in completions
         ]
         return {**self._head, "object": self._kind, "choices": choices, "usage": self._usage()}
 
@@ -317,9 +317,7 @@ class TextReply(_Base):
         return choice
 
     def _logprobs(self, completion: Completion, start: int, *, echo: bool) -> dict[str, Any]:
-        tops: Sequence[TopLogprobs | None] = completion.top_logprobs
-        tops = tops or ({},) * len(completion.tokens)
-        rows = list(zip(completion.tokens, completion.logprobs, tops, strict=True))[start:]
+        rows: list[tuple[int, float | None, TopLogprobs | None]] = [*_rows(completion, start)]
         if echo:
             ids = completion.prompt_tokens
             scores = completion.prompt_logprobs or (None,) * len(ids)
@@ -350,3 +348,10 @@ class TextReply(_Base):
 
     def _piece(self, token: int) -> str:
         return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+
+def _rows(completion: Completion, start: int) -> Iterator[tuple[int, float, TopLogprobs]]:
+    """Return token, log-probability and alternatives of each generated position from `start`."""
+    tokens = completion.tokens[start:]
+    tops = completion.top_logprobs[start:] or ({},) * len(tokens)
+    return zip(tokens, completion.logprobs[start:], tops, strict=True)

@@ -1,5 +1,7 @@
 """Text of a continuation: whole characters, no part of a stop string, tokens cut with the text."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -117,7 +119,7 @@ def test_any_split_gives_the_same_text_and_never_a_part_of_a_stop_string(pieces,
     assert (done.finish, assembler.cut) == (("stop", True) if reason else ("length", False))
     for text in shown:
         assert expected.startswith(text)
-    for earlier, later in zip(shown, shown[1:], strict=False):
+    for earlier, later in pairwise(shown):
         assert later.startswith(earlier)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -279,7 +280,25 @@ def test_times_are_told_in_order(toy):
     deltas = []
     while engine.has_work:
         deltas += engine.step()
-    for earlier, later in zip(deltas, deltas[1:], strict=False):
+    for earlier, later in pairwise(deltas):
         assert earlier.timings.total_s < later.timings.total_s
     last = deltas[-1].timings
     assert 0 <= last.queue_s < last.first_token_s < last.total_s
+
+
+def test_what_recycled_slots_and_pages_held_does_not_matter(toy, requests, alone):
+    engine = make_engine(toy, max_num_batched_tokens=30)
+    state = engine.runner.state
+    for buffers in (state.conv, state.ssm, state.keys, state.values):
+        for buffer in buffers:
+            buffer.fill_(torch.nan)
+    assert run(engine, requests) == alone
+
+
+def test_bfloat16_activations_run(toy):
+    engine = Engine(
+        EngineConfig(model="toy", load_format="dummy", dtype="bfloat16", max_model_len=64)
+    )
+    assert engine.runner.state.keys[0].dtype == torch.bfloat16
+    entry = run(engine, [Request(id="a", tokens=(1, 2, 3), params=GREEDY)])["a"]
+    assert len(entry["tokens"]) == 12

@@ -142,18 +142,18 @@ def test_gradients_reach_every_parameter_and_match_finite_differences() -> None:
     for name, parameter in model.named_parameters():
         if "e_score_correction_bias" not in name:
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-    # The recurrence is float32 inside, so the step is wide and the bound loose.
+    # Along the gradient itself, where the slope is its norm; float32 inside bounds the accuracy.
     for name in ("backbone.layers.0.mixer.in_proj.weight", "backbone.layers.3.mixer.q_proj.weight"):
         parameter = model.get_parameter(name)
         assert parameter.grad is not None
-        direction = torch.randn_like(parameter)
+        direction = parameter.grad / parameter.grad.norm()
         with torch.no_grad():
-            parameter.add_(direction, alpha=1e-3)
+            parameter.add_(direction, alpha=1e-2)
             high = loss()
-            parameter.sub_(direction, alpha=2e-3)
+            parameter.sub_(direction, alpha=2e-2)
             low = loss()
-            parameter.add_(direction, alpha=1e-3)
-        slope = float((high - low) / 2e-3)
+            parameter.add_(direction, alpha=1e-2)
+        slope = float((high - low) / 2e-2)
         assert slope == pytest.approx(float((parameter.grad * direction).sum()), rel=2e-2)
 
 

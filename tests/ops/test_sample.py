@@ -1,6 +1,7 @@
 """Sampling: right distribution, right filters, and the same choice in any company."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -167,3 +168,12 @@ def test_the_ends_of_the_unit_interval_choose_a_possible_token(number):
 
 def test_no_rows_no_choices():
     assert sample(torch.empty(0, 5), [], [], []) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_show_in_the_logprob(temperature):
+    logits = torch.tensor([[0.0, torch.nan, 1.0], [0.0, 1.0, 2.0]])
+    params = SamplingParams(temperature=temperature, top_p=0.9, top_k=2)
+    bad, good = sample(logits, [params, params], [0, 0], [0, 0])
+    assert 0 <= bad.token < 3 and math.isnan(bad.logprob)
+    assert not math.isnan(good.logprob)
