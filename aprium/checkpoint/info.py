@@ -29,6 +29,16 @@ _ROLES = (
     (".norm.weight", "norms"),
 )
 _BF16 = 2
+# Roles whose matrices quantisers encode, and bits of one weight of them by precision.
+_QUANTISABLE = (
+    "routed experts",
+    "shared experts",
+    "latent projections",
+    "mamba",
+    "attention",
+    "mlp",
+)
+_BITS = {"bf16": 16, "fp8": 8, "nvfp4": 4.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +138,7 @@ def _facts(
         "weights_bytes": num_bytes,
         "weights_bytes_by_role": dict(sizes),
         "weights_bytes_by_format": dict(formats),
+        "weights_bytes_by_precision": _by_precision(params),
         "bits_per_parameter": round(8 * num_bytes / total, 3),
         "kv_bytes_per_token": kv_bytes_per_token(config),
         "kv_bytes_per_token_fp8": kv_bytes_per_token(config, 1),
@@ -136,6 +147,16 @@ def _facts(
         "max_position_embeddings": config.max_position_embeddings,
         "quantization": _describe(quant),
     }
+
+
+def _by_precision(params: Counter[str]) -> dict[str, int]:
+    """Return what the weights would take with every block's matrices in one precision.
+
+    Embeddings, head, router, norms and prediction head stay BF16, as in published files.
+    """
+    blocks = sum(params[role] for role in _QUANTISABLE)
+    rest = sum(params.values()) - blocks
+    return {name: int(blocks * bits / 8) + rest * _BF16 for name, bits in _BITS.items()}
 
 
 def kv_bytes_per_token(config: ModelConfig, item_bytes: int = _BF16, *, mtp: bool = False) -> int:
@@ -191,6 +212,9 @@ def _table(facts: dict[str, Any]) -> str:
     split = ", ".join(f"{name} {_size(size)}" for name, size in formats.items())
     bits = facts["bits_per_parameter"]
     lines += ["", f"  weights       {split}; {bits} bits per parameter"]
+    by_precision = facts["weights_bytes_by_precision"].items()
+    split = ", ".join(f"{name} {_size(size)}" for name, size in by_precision)
+    lines.append(f"  by precision  {split} if all blocks were stored so")
     lines.append(
         f"  KV cache      {facts['kv_bytes_per_token']:,} bytes per token in BF16, "
         f"{facts['kv_bytes_per_token_fp8']:,} in FP8"

@@ -43,6 +43,15 @@ class Layout:
         """Sequences S."""
         return len(self.lengths)
 
+    def read_slots(self, buffer: Tensor) -> Tensor:
+        """Return each sequence's row of `buffer` [slots, ...]; zeros where it has no context.
+
+        What a recycled slot held before, be it NaN, is not read.
+        """
+        assert self.slots is not None
+        shape = (-1,) + (1,) * (buffer.dim() - 1)
+        return torch.where(self.has_context.view(shape), buffer[self.slots], 0)
+
     @staticmethod
     def packed(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Layout":
         """Lay out whole documents of the given lengths, with no state before or after them."""

@@ -124,7 +124,7 @@ class Mamba(nn.Module):
         else:
             assert layout.slots is not None
             buffer = context.state.ssm[context.index]
-            before = buffer[layout.slots] * layout.has_context[:, None, None, None]
+            before = layout.read_slots(buffer)
             y, after = ssd.scan(u, dt, a, b, c, d, layout.starts, layout.lengths, before)
             buffer[layout.slots] = after
         y = y.flatten(-2)
@@ -137,7 +137,7 @@ class Mamba(nn.Module):
             return conv.causal_conv(mixed, weight, self.conv1d.bias, layout.positions)
         assert layout.slots is not None
         buffer = context.state.conv[context.index]
-        tail = buffer[layout.slots] * layout.has_context[:, None, None]
+        tail = layout.read_slots(buffer)
         starts = torch.tensor(layout.starts, device=mixed.device)
         lengths = torch.tensor(layout.lengths, device=mixed.device)
         buffer[layout.slots] = conv.conv_tail(mixed, starts, lengths, tail)

@@ -38,7 +38,7 @@ class HybridState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "HybridState":
-        """Allocate zeroed buffers; `dtype` is that of convolution tails, keys and values."""
+        """Allocate buffers, unwritten; `dtype` is that of convolution tails, keys and values."""
         num_mamba = config.layers.count("mamba")
         conv_shape = (num_slots, config.conv_kernel - 1, config.conv_dim)
         ssm_shape = (
@@ -50,7 +50,7 @@ class HybridState:
         kv_shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
 
         def buffers(count: int, shape: tuple[int, ...], kind: torch.dtype) -> tuple[Tensor, ...]:
-            return tuple(torch.zeros(shape, dtype=kind, device=device) for _ in range(count))
+            return tuple(torch.empty(shape, dtype=kind, device=device) for _ in range(count))
 
         return HybridState(
             conv=buffers(num_mamba, conv_shape, dtype),

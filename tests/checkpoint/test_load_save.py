@@ -218,9 +218,10 @@ def test_dummy_weights_of_a_quantised_directory_run(written, scheme, tmp_path):
     for file in written[scheme][0].glob("*.json"):
         shutil.copy(file, tmp_path)
     checkpoint = load_checkpoint(tmp_path, load_format="dummy")
-    hidden = checkpoint.model(torch.arange(8), Layout.packed([8]))
-    assert hidden.isfinite().all()
-    assert 1e-3 < float(checkpoint.model.logits(hidden).std()) < 1e3
+    with torch.no_grad():
+        hidden = checkpoint.model(torch.arange(8), Layout.packed([8]))
+        assert hidden.isfinite().all()
+        assert 1e-3 < float(checkpoint.model.logits(hidden).std()) < 1e3
 
 
 SHARED = "backbone.layers.2.mixer.shared_experts.up_proj"
@@ -395,7 +396,7 @@ print((kilobytes("VmHWM") - before) * 1024)
 """
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("num_shards", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_loading_never_holds_a_second_copy(written, tmp_path, num_shards):
     config = replace(
         TOY,
@@ -403,11 +404,11 @@ def test_loading_never_holds_a_second_copy(written, tmp_path, num_shards):
         num_experts=32,
         expert_intermediate_size=1024,
         latent_size=512,
-        layers=("mamba", "moe", "moe", "moe", "attention"),
+        layers=("mamba", "moe", "moe", "attention"),
     )
     modelopt_layout.write(tmp_path, config, "bf16", num_shards=num_shards)
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    assert size > 200e6
+    assert size > 150e6
     arguments = [sys.executable, "-c", PEAK, str(tmp_path), str(written["bf16"][0])]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     # The peak is the model, one tensor and the lump of pages not yet given back.

@@ -27,7 +27,7 @@ def dirty_state(num_slots: int = 4, num_pages: int = 40) -> HybridState:
     state = HybridState.allocate(TOY, num_slots=num_slots, num_pages=num_pages, page_size=PAGE)
     for group in (state.conv, state.ssm, state.keys, state.values):
         for buffer in group:
-            buffer.fill_(7.0)
+            buffer.fill_(float("nan"))
     return state
 
 
