@@ -8,7 +8,6 @@ predicting `tokens[t]`, so index 0 has weight 0.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from aprium.base.errors import RequestError
 
@@ -35,18 +34,6 @@ class Message:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """A finished conversation to learn from: its turns and the tools offered in it.
-
-    `tools` are JSON schemas in the chat API's form. `domain` names what it teaches.
-    """
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    domain: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

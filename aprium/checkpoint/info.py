@@ -4,12 +4,12 @@ Answers for a preset (`ultra`), a published quantised file (`ultra-nvfp4`) or a 
 directory, whose own headers are read then. Presets need no torch, so `aprium info ultra` is quick.
 """
 
+import functools
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aprium.base.errors import CheckpointError
 from aprium.checkpoint.names import BLOCK, ITEM_BYTES, TensorSpec, tensor_table
@@ -28,6 +28,13 @@ _ROLES = (
     ("norm_f", "norms"),
     (".norm.weight", "norms"),
 )
+# Last parts of the names of tensors that hold parameters.
+_WEIGHTS = frozenset(
+    (
+        *("weight", "weight_packed", "bias", "A_log", "D", "dt_bias", "e_score_correction_bias"),
+        *("up_proj", "down_proj"),  # stacked experts
+    )
+)
 _BF16 = 2
 # Roles whose matrices quantisers encode, and bits of one weight of them by precision.
 _QUANTISABLE = (
@@ -41,8 +48,7 @@ _QUANTISABLE = (
 _BITS = {"bf16": 16, "fp8": 8, "nvfp4": 4.5}
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
+class _Stored(NamedTuple):
     """One tensor as a file has it: values it stands for, and bytes by storage format."""
 
     role: str
@@ -86,18 +92,21 @@ def _read_directory(path: Path) -> tuple[ModelConfig, QuantConfig, dict[str, Ten
 
 
 def _stored(name: str, spec: TensorSpec, config: ModelConfig) -> _Stored:
-    leaf, dtype = name.rsplit(".", 1)[-1], spec.dtypes[0]
+    return _Stored(_role(name, config), *_measure(name.rpartition(".")[2], spec))
+
+
+@functools.cache  # the experts of a large model repeat a few cases 200,000 times
+def _measure(leaf: str, spec: TensorSpec) -> tuple[int, int, str]:
+    """Return the parameters a tensor stands for, its bytes and its format."""
+    dtype = spec.dtypes[0]
     count = math.prod(spec.shape)
     fmt = {"F8_E4M3": "fp8", "U8": "nvfp4"}.get(dtype, dtype.lower())
     if leaf == "weight_scale" and dtype == "F8_E4M3":
         fmt = "nvfp4"
-    if leaf in ("weight", "weight_packed", "bias", "A_log", "D", "dt_bias") or (
-        leaf in ("up_proj", "down_proj", "e_score_correction_bias")
-    ):
-        num_params = count * 2 if dtype == "U8" else count
-    else:
-        num_params = 0  # scales are part of their matrix
-    return _Stored(_role(name, config), num_params, count * ITEM_BYTES[dtype], fmt)
+    num_params = count if leaf in _WEIGHTS else 0  # scales are part of their matrix
+    if dtype == "U8":
+        num_params *= 2
+    return num_params, count * ITEM_BYTES[dtype], fmt
 
 
 def _role(name: str, config: ModelConfig) -> str:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from aprium.model.config import ModelConfig, QuantConfig
 
@@ -20,8 +21,7 @@ NVFP4_FORMATS = ("nvfp4", "w4a16_nvfp4")
 _FLOATS = ("BF16", "F32", "F16", "F64")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """What one tensor must be: its shape and the dtypes accepted, the published one first."""
 
     shape: tuple[int, ...]
@@ -33,8 +33,7 @@ class TensorSpec:
         return math.prod(self.shape) * ITEM_BYTES[self.dtypes[0]]
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
+class Matrix(NamedTuple):
     """A weight that a quantiser may encode: [rows, columns], with a bias beside it or not."""
 
     rows: int
@@ -148,13 +147,11 @@ def tensor_table(
     encoder = _Encoder(quant)
     table: dict[str, TensorSpec] = {}
     for name, item in _walk(config):
-        if name.endswith(".mixer.gate.weight"):
-            table[name] = router
-        elif isinstance(item, Matrix):
+        if isinstance(item, Matrix):
             for leaf, spec in encoder.tensors(name, item):
                 table[f"{name}.{leaf}"] = spec
         else:
-            table[name] = item
+            table[name] = router if name.endswith(".mixer.gate.weight") else item
     if naming.stacked_experts:
         table = _stack(table, config.num_experts)
     if naming == Naming():
@@ -182,14 +179,15 @@ class _Encoder:
         self.quant = quant
         self._made: dict[tuple[str | None, Matrix], tuple[tuple[str, TensorSpec], ...]] = {}
 
-    def tensors(self, name: str, matrix: Matrix) -> Iterator[tuple[str, TensorSpec]]:
+    def tensors(self, name: str, matrix: Matrix) -> Iterable[tuple[str, TensorSpec]]:
         key = (self.quant.formats.get(name), matrix)
-        if key not in self._made:
-            self._made[key] = tuple(self._encode(*key))
-        yield from self._made[key]
-        leaf = name.rsplit(".", 1)[-1]
-        if self.quant.kv_scales and leaf in ("k_proj", "v_proj") and name.startswith("backbone."):
-            yield f"{leaf[0]}_scale", _SCALAR
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = tuple(self._encode(*key))
+        scaled = self.quant.kv_scales and name.endswith(("k_proj", "v_proj"))
+        if scaled and name.startswith("backbone."):
+            return (*made, (f"{name[-len('k_proj')]}_scale", _SCALAR))
+        return made
 
     def _encode(self, fmt: str | None, matrix: Matrix) -> Iterator[tuple[str, TensorSpec]]:
         rows, columns = matrix.rows, matrix.columns

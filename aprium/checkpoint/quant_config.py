@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aprium import __version__
 from aprium.base.errors import CheckpointError
 from aprium.checkpoint.names import BLOCK, NVFP4_FORMATS, matrices
 from aprium.model.config import ModelConfig, QuantConfig, read_hf_config
@@ -213,7 +212,7 @@ def to_hf(quant: QuantConfig, config: ModelConfig) -> tuple[dict[str, Any] | Non
     """
     if quant.layout == "compressed-tensors":
         return None, _compressed_json(quant, config)
-    producer = {"name": "aprium", "version": __version__}
+    producer = {"name": "aprium"}
     used = set(quant.formats.values())
     body: dict[str, Any] = {"quant_algo": _MIXED}
     layers = {name: _entry(fmt) for name, fmt in quant.formats.items()}

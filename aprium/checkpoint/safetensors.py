@@ -104,7 +104,7 @@ def _read_entry(file: Path, name: str, entry: Any, base: int) -> StoredTensor:
         raise CheckpointError(f"{file}: tensor {name!r}: malformed header entry") from error
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sizes):
         raise CheckpointError(f"{file}: tensor {name!r}: malformed shape or offsets")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         known = ", ".join(DTYPES)
         raise CheckpointError(f"{file}: tensor {name!r}: unknown dtype {dtype!r} (known: {known})")
     wanted = math.prod(shape) * DTYPES[dtype].itemsize

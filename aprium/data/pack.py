@@ -1,38 +1,59 @@
-"""Packing: samples of many lengths into bins of one token budget.
+"""Best-fit packing: samples into bins of at most a budget of tokens, none ever split.
 
-Best fit in the order given: a sample goes into the fullest open bin that still has room for it.
-Samples are not sorted by length first. That would fill a little better, but it would also put all
-long documents into some batches and all short conversations into others, and the trainer wants
-every batch to look like the mixture. A sample is never split here; sources cut long documents.
+A few bins stay open. A sample goes where it leaves the least room; when it fits nowhere, the
+fullest bin is given out and a new one opened. Source: docs/training.md (length-aware best fit).
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 from aprium.base.errors import DataError
+from aprium.base.records import Sample
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group indices of `lengths` into bins whose lengths sum to at most `budget`.
+class Packer:
+    """Bins being filled; `add` returns a bin when one is given out."""
 
-    Every index appears in exactly one bin, in ascending order within it; bins come in the order
-    they were opened. Raises DataError on a length that is not positive or exceeds `budget`.
-    """
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, bin), ascending; the tightest fit comes first
-    for index, length in enumerate(lengths):
-        if not 0 < length <= budget:
+    def __init__(self, budget: int, num_open: int = 4) -> None:
+        self.budget, self.num_open = budget, num_open
+        self._bins: list[list[Sample]] = []
+
+    def add(self, sample: Sample) -> list[Sample] | None:
+        """Place `sample`; return the bin given out to make room, if any.
+
+        Raises DataError when the sample alone is over the budget.
+        """
+        size = len(sample.tokens)
+        if size > self.budget:
             raise DataError(
-                f"a sample has {length} tokens: it must have 1 to {budget} to fit a batch; "
-                "raise the token budget or lower max_length"
+                f"a sample of {size} tokens does not fit the budget of {self.budget}: raise "
+                "tokens_per_step or lower max_length"
             )
-        at = bisect_left(room, (length, -1))
-        if at == len(room):
-            bins.append([index])
-            insort(room, (budget - length, len(bins) - 1))
-            continue
-        left, chosen = room.pop(at)
-        bins[chosen].append(index)
-        if left > length:
-            insort(room, (left - length, chosen))
-    return bins
+        rooms = [(self.budget - _size(b), i) for i, b in enumerate(self._bins)]
+        fitting = [(room, i) for room, i in rooms if room >= size]
+        if fitting:
+            self._bins[min(fitting)[1]].append(sample)
+            return None
+        given = self._bins.pop(min(rooms)[1]) if len(self._bins) == self.num_open else None
+        self._bins.append([sample])
+        return given
+
+    def flush(self) -> Iterator[list[Sample]]:
+        """Give out the bins still open, fullest first."""
+        self._bins.sort(key=_size, reverse=True)
+        while self._bins:
+            yield self._bins.pop(0)
+
+    def state_dict(self) -> list[Any]:
+        """Return the open bins as plain values."""
+        return [[[s.tokens, s.ce_weight, s.domain] for s in b] for b in self._bins]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        """Continue with bins that `state_dict` returned."""
+        self._bins = [
+            [Sample(tokens=tuple(t), ce_weight=tuple(w), domain=d) for t, w, d in b] for b in state
+        ]
+
+
+def _size(samples: list[Sample]) -> int:
+    return sum(len(sample.tokens) for sample in samples)

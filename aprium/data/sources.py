@@ -1,290 +1,293 @@
-"""Sources of samples: JSONL documents and conversations, generated tasks, and their mixture.
+"""Where samples come from: text, conversations, generated tasks, and their mixture.
 
-Everything is a function of the configuration, its seed and a position, so a position is all there
-is to save: a small JSON dict restores the exact next sample. A file keeps only the offset of each
-line in memory and is read in a new random order every pass. Documents longer than `max_length`
-become consecutive samples; see `encode.split_sample` for why nothing is lost.
-
-Generated tasks come from a function that the caller hands in, because this package does not know
-where tasks are made. The mixture is by tokens, not by samples: the next sample comes from the
-source that is furthest behind its share.
+Every source is an endless deterministic sequence of samples, addressed by number, so that a
+position is one integer and resuming is exact. Text documents longer than `max_length` are cut
+into consecutive samples, each token predicted once. In conversations the last turn, the
+assistant's, is weighted. The mixture takes from the source that is furthest behind its share of tokens.
 """
 
 import json
+import random
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from random import Random
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol
 
-from aprium.base.errors import ConfigError, DataError
-from aprium.base.records import Conversation, Sample
-from aprium.data.encode import (
-    Renderer,
-    TextEncoder,
-    encode_conversation,
-    encode_text,
-    read_conversation,
-    split_sample,
-)
+from aprium.base.errors import DataError
+from aprium.base.records import Message, Sample, ToolCall
+from aprium.envs.families import FAMILIES, draw
+from aprium.text.chat import ChatTemplate
+from aprium.text.tokenizer import Tokenizer
 
-# Draws one conversation: (random state, task families, share with reasoning) -> conversation.
-Generate: TypeAlias = Callable[[Random, Sequence[str], float], Conversation]
-Items: TypeAlias = Callable[[int], list[Sample]]
-
-# A source that yields nothing to learn so many times in a row is broken, not unlucky.
-_MAX_EMPTY = 10_000
+# Some families ask about several different words at once.
+_MIN_WORDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of samples.
+    """One source.
 
-    `kind` "text" and "chat" read JSONL at `path` (`{"text": ...}` or `{"messages": [...]}`);
-    "tasks" generates conversations of `families` (empty: all), of which the share `thinking`
-    shows worked reasoning. `weight` is the share of tokens relative to the other sources; it
-    moves linearly to `final_weight`, where given, over `DataConfig.schedule_tokens`.
+    kind "text": JSONL with `text`; "chat": JSONL with `messages` and optionally `tools`;
+    "tasks": families of generated tasks (all when `families` is empty), words from the file
+    `words`, one a line. `weight` is the share of tokens. `heldout` is the JSONL to evaluate on;
+    tasks hold items out by themselves. `thinking` is the share of task conversations that show
+    the worked solution.
     """
 
-    name: str
     kind: Literal["text", "chat", "tasks"]
-    path: Path | None = None
+    name: str
     weight: float = 1.0
-    final_weight: float | None = None
+    path: Path | None = None
+    heldout: Path | None = None
+    words: Path | None = None
     families: tuple[str, ...] = ()
-    thinking: float = 0.5
+    thinking: float = 0.7
 
     def __post_init__(self) -> None:
-        """Check what the type cannot."""
-        if (self.path is None) != (self.kind == "tasks"):
-            need = "takes no path" if self.kind == "tasks" else "needs a path"
-            raise ConfigError(f"source {self.name!r}: kind {self.kind!r} {need}")
-        if self.families and self.kind != "tasks":
-            raise ConfigError(f'source {self.name!r}: families are for kind "tasks" only')
-        final = self.weight if self.final_weight is None else self.final_weight
-        if self.weight < 0 or final < 0 or self.weight + final == 0:
-            raise ConfigError(
-                f"source {self.name!r}: weights {self.weight} and {final} must not be negative, "
-                "and one must be above 0"
-            )
-        if not 0 <= self.thinking <= 1:
-            raise ConfigError(f"source {self.name!r}: thinking is {self.thinking}, not in 0..1")
-
-    def weight_at(self, progress: float) -> float:
-        """Return the weight at `progress` in [0, 1] of the schedule."""
-        final = self.weight if self.final_weight is None else self.final_weight
-        return self.weight + (final - self.weight) * progress
+        """Check that the source has what its kind needs."""
+        needed = "words" if self.kind == "tasks" else "path"
+        if getattr(self, needed) is None:
+            raise DataError(f"source {self.name!r} of kind {self.kind!r} needs {needed}")
+        for family in self.families:
+            if family not in FAMILIES:
+                known = ", ".join(FAMILIES)
+                raise DataError(f"source {self.name!r}: unknown family {family!r}, not in {known}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A mixture of sources.
-
-    `max_length` is the longest sample in tokens. `schedule_tokens` is how many tokens it takes
-    for weights to reach their final values; 0 keeps the first ones throughout.
-    """
+    """The mixture. `heldout_samples` are taken from each source for evaluation."""
 
     sources: tuple[SourceConfig, ...]
     max_length: int = 512
+    heldout_samples: int = 200
     seed: int = 0
-    schedule_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        """Check what the type cannot."""
-        names = [source.name for source in self.sources]
-        if not names or len(set(names)) < len(names):
-            raise ConfigError(f"sources must be some with distinct names, not {names}")
-        moving = [s.name for s in self.sources if s.final_weight is not None]
-        if moving and self.schedule_tokens <= 0:
-            raise ConfigError(f"source {moving[0]!r} has a final_weight: set schedule_tokens too")
-        for weights in ([s.weight_at(0.0) for s in self.sources], [s.weight_at(1.0) for s in self.sources]):
-            if not sum(weights):
-                raise ConfigError(f"the weights of {names} must not all be 0 at the same time")
 
 
-class Source:
-    """A stream of the samples of items 0, 1, 2, ... of which each has one or more."""
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What turns text into tokens: the tokenizer and the chat template."""
 
-    def __init__(self, name: str, items: Items) -> None:
-        self.name = name
-        self._items = items
-        self._item = 0
-        self._piece = 0
-        self._pieces: list[Sample] | None = None
+    tokenizer: Tokenizer
+    template: ChatTemplate
 
-    def next(self) -> Sample:
-        """Return the next sample. Raises DataError when a long run of items yields none."""
-        for _ in range(_MAX_EMPTY):
-            if self._pieces is None:
-                self._pieces = self._items(self._item)
-            if self._piece < len(self._pieces):
-                self._piece += 1
-                return self._pieces[self._piece - 1]
-            self._item, self._piece, self._pieces = self._item + 1, 0, None
-        raise DataError(f"source {self.name!r} has nothing to learn in {_MAX_EMPTY} items")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position of the next sample."""
-        return {"name": self.name, "item": self._item, "piece": self._piece}
+class Source(Protocol):
+    """An endless sequence of samples by number."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken. Raises DataError when it is of another source."""
-        if state.get("name") != self.name:
-            raise DataError(f"saved state is of source {state.get('name')!r}, not {self.name!r}")
-        self._item, self._piece, self._pieces = state["item"], state["piece"], None
+    def sample(self, number: int) -> Sample:
+        """Return sample `number`, always the same one."""
+        ...
+
+
+class TextSource:
+    """Documents of a JSONL file, shuffled anew each time through."""
+
+    def __init__(self, name: str, path: Path, text: Text, max_length: int, seed: int) -> None:
+        self._name, self._seed = name, seed
+        end = text.tokenizer.id_of("</s>")
+        self._pieces: list[array[int]] = []
+        for row in read_jsonl(path):
+            tokens = text.tokenizer.encode(_field(row, "text", path))
+            tokens = [*tokens, end] if end is not None else tokens
+            # Consecutive pieces share one token: it ends the first and only conditions the next.
+            for begin in range(0, max(1, len(tokens) - 1), max_length - 1):
+                self._pieces.append(array("I", tokens[begin : begin + max_length]))
+        if not self._pieces:
+            raise DataError(f"{path} has no documents")
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Samples in one time through."""
+        return len(self._pieces)
+
+    def sample(self, number: int) -> Sample:
+        """Return sample `number`."""
+        epoch, place = divmod(number, len(self._pieces))
+        if self._order[0] != epoch:
+            order = list(range(len(self._pieces)))
+            random.Random(f"{self._seed} {epoch}").shuffle(order)
+            self._order = (epoch, order)
+        tokens = tuple(self._pieces[self._order[1][place]])
+        weights = (0.0,) + (1.0,) * (len(tokens) - 1)
+        return Sample(tokens=tokens, ce_weight=weights, domain=self._name)
+
+
+class ChatSource:
+    """Conversations of a JSONL file, in order, again and again, with thinking on and off in turn."""
+
+    def __init__(self, name: str, path: Path, text: Text, max_length: int) -> None:
+        self._samples = []
+        for row in read_jsonl(path):
+            messages = [_message(m, path) for m in _field(row, "messages", path)]
+            thinking = bool(messages[-1].reasoning) or len(self._samples) % 2 == 0
+            sample = conversation(
+                messages, text, name, tools=row.get("tools", ()), thinking=thinking
+            )
+            if len(sample.tokens) > max_length:
+                raise DataError(
+                    f"{path}: a conversation of {len(sample.tokens)} tokens is over max_length "
+                    f"{max_length}"
+                )
+            self._samples.append(sample)
+        if not self._samples:
+            raise DataError(f"{path} has no conversations")
+
+    def __len__(self) -> int:
+        """Samples in one time through."""
+        return len(self._samples)
+
+    def sample(self, number: int) -> Sample:
+        """Return sample `number`."""
+        return self._samples[number % len(self._samples)]
+
+
+class TaskSource:
+    """Conversations made from generated tasks: a question, now and then after another one."""
+
+    def __init__(self, config: SourceConfig, text: Text, seed: int, *, held_out: bool) -> None:
+        assert config.words is not None
+        self._config, self._text, self._seed = config, text, seed
+        self._held_out = held_out
+        self._families = config.families or tuple(FAMILIES)
+        self._words = config.words.read_text(encoding="utf-8").split()
+        if len(self._words) < _MIN_WORDS:
+            raise DataError(f"{config.words} has fewer than {_MIN_WORDS} words")
+
+    def sample(self, number: int) -> Sample:
+        """Return sample `number`."""
+        rng = random.Random(f"{self._seed} {number}")
+        thinking = rng.random() < self._config.thinking
+        family = rng.choice(self._families)
+        task = draw(family, rng, self._words, held_out=self._held_out)
+        messages = list(task.messages(thinking=thinking))
+        if not self._held_out and not task.tools and rng.random() < 0.25:
+            earlier = draw(rng.choice(self._families), rng, self._words, held_out=False)
+            if not earlier.tools:
+                messages = [*earlier.messages(thinking=thinking), *messages]
+        domain = f"{self._config.name}/{family}"
+        return conversation(messages, self._text, domain, tools=task.tools, thinking=thinking)
+
+
+def conversation(
+    messages: Sequence[Message],
+    text: Text,
+    domain: str,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    thinking: bool = True,
+) -> Sample:
+    """Render and tokenise a conversation; weight its last turn, which must be the assistant's.
+
+    The turns before it are context, in the form in which serving shows them (reasoning of answered
+    turns left out). The prompt is what serving writes for the same switch, so a reply without
+    reasoning closes an open thinking tag at once. Raises DataError when the last turn is not the
+    assistant's or the template writes something else than prompt and reply.
+    """
+    if not messages or messages[-1].role != "assistant":
+        raise DataError("a conversation must end with an assistant turn: there is nothing to learn")
+    open_think = text.template.render(messages[:-1], tools, enable_thinking=thinking)
+    closed = text.template.render(messages[:-1], tools, enable_thinking=False)
+    whole = text.template.render(messages, tools, add_generation_prompt=False)
+    if whole.startswith(open_think):
+        prompt, reply = open_think, whole[len(open_think) :]
+    elif whole.startswith(closed) and thinking:
+        prompt, reply = open_think, "</think>" + whole[len(closed) :]
+    else:
+        raise DataError("the chat template writes a reply that does not continue its own prompt")
+    before, after = text.tokenizer.encode(prompt), text.tokenizer.encode(reply)
+    weights = (0.0,) * len(before) + (1.0,) * len(after)
+    return Sample(tokens=(*before, *after), ce_weight=weights, domain=domain)
 
 
 class Mixture:
-    """An endless stream of samples in which each source has its share of the tokens.
+    """All sources of a configuration as one resumable stream."""
 
-    Every source has a clock that advances by tokens over weight; the one furthest behind goes
-    next. At any time, with fixed weights, shares are right to within one sample.
-    """
+    def __init__(self, config: DataConfig, text: Text) -> None:
+        self._weights = [source.weight for source in config.sources]
+        self._sources = [_open(source, config, text) for source in config.sources]
+        self._taken = [0] * len(self._sources)
+        self._tokens = [0] * len(self._sources)
 
-    def __init__(self, config: DataConfig, sources: Sequence[Source]) -> None:
-        self.config = config
-        self._sources = list(sources)
-        self._clocks = [0.0] * len(self._sources)
-        self._tokens = 0
-
-    @classmethod
-    def build(
-        cls,
-        config: DataConfig,
-        tokenizer: TextEncoder,
-        template: Renderer,
-        *,
-        generate: Generate | None = None,
-        end_token: int = 2,
-    ) -> "Mixture":
-        """Open all sources of `config`.
-
-        `generate` draws the conversations of "tasks" sources; `end_token` closes documents.
-        Raises ConfigError when tasks are asked for without it, DataError for a bad file.
-        """
-        sources = []
-        for source in config.sources:
-            if source.kind == "tasks":
-                items = _generated(config, source, tokenizer, template, generate)
-            else:
-                items = _from_file(config, source, tokenizer, template, end_token)
-            sources.append(Source(source.name, items))
-        return cls(config, sources)
-
-    def next(self) -> Sample:
-        """Return the next sample."""
-        total = self.config.schedule_tokens
-        progress = min(1.0, self._tokens / total) if total else 0.0
-        weights = [source.weight_at(progress) for source in self.config.sources]
-        active = [i for i, weight in enumerate(weights) if weight > 0]
-        now = min(self._clocks[i] for i in active)
-        chosen = next(i for i in active if self._clocks[i] == now)
-        # A source that was switched off must not catch up on what it missed meanwhile.
-        self._clocks = [max(clock, now) for clock in self._clocks]
-        sample = self._sources[chosen].next()
-        self._clocks[chosen] += len(sample.tokens) / weights[chosen]
-        self._tokens += len(sample.tokens)
+    def next_sample(self) -> Sample:
+        """Return the next sample, from the source furthest behind its share."""
+        behind = [
+            tokens / weight if weight > 0 else float("inf")
+            for tokens, weight in zip(self._tokens, self._weights, strict=True)
+        ]
+        which = behind.index(min(behind))
+        sample = self._sources[which].sample(self._taken[which])
+        self._taken[which] += 1
+        self._tokens[which] += len(sample.tokens)
         return sample
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what restores the exact next sample, as plain JSON values."""
-        return {
-            "tokens": self._tokens,
-            "clocks": list(self._clocks),
-            "sources": [source.state_dict() for source in self._sources],
-        }
+        """Return the position as plain values."""
+        return {"taken": list(self._taken), "tokens": list(self._tokens)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken. Raises DataError when the sources differ."""
-        if len(state["sources"]) != len(self._sources):
-            found = [entry["name"] for entry in state["sources"]]
-            known = [source.name for source in self._sources]
-            raise DataError(f"saved state is of sources {found}: the recipe now has {known}")
-        for source, saved in zip(self._sources, state["sources"], strict=True):
-            source.load_state_dict(saved)
-        self._tokens, self._clocks = state["tokens"], list(state["clocks"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `state_dict` returned."""
+        if len(state["taken"]) != len(self._sources):
+            raise DataError("the run was started with another number of sources")
+        self._taken, self._tokens = list(state["taken"]), list(state["tokens"])
 
 
-def _generated(
-    config: DataConfig,
-    source: SourceConfig,
-    tokenizer: TextEncoder,
-    template: Renderer,
-    generate: Generate | None,
-) -> Items:
-    if generate is None:
-        raise ConfigError(f"source {source.name!r} needs a task generator and none was given")
-
-    def items(index: int) -> list[Sample]:
-        rng = Random(f"{config.seed}/{source.name}/{index}")
-        conversation = generate(rng, source.families, source.thinking)
-        sample = encode_conversation(conversation, tokenizer, template)
-        return split_sample(sample, config.max_length)
-
-    return items
+def heldout_samples(config: DataConfig, text: Text) -> list[Sample]:
+    """Return the samples to evaluate on: the same number from each source that holds some out."""
+    found: list[Sample] = []
+    for source in config.sources:
+        if source.kind == "tasks":
+            tasks = TaskSource(source, text, config.seed, held_out=True)
+            found += [tasks.sample(i) for i in range(config.heldout_samples)]
+        elif source.heldout is not None:
+            opened = _open(source, config, text, source.heldout)
+            assert isinstance(opened, TextSource | ChatSource)
+            count = min(config.heldout_samples, len(opened))
+            found += [opened.sample(i) for i in range(count)]
+    return found
 
 
-def _from_file(
-    config: DataConfig,
-    source: SourceConfig,
-    tokenizer: TextEncoder,
-    template: Renderer,
-    end_token: int,
-) -> Items:
-    path = source.path
-    assert path is not None, "checked by SourceConfig"
-    offsets = _line_offsets(path)
-
-    @lru_cache(maxsize=2)
-    def order(epoch: int) -> list[int]:
-        lines = list(range(len(offsets)))
-        Random(f"{config.seed}/{source.name}/{epoch}").shuffle(lines)
-        return lines
-
-    def items(index: int) -> list[Sample]:
-        epoch, position = divmod(index, len(offsets))
-        line = order(epoch)[position]
-        record, where = _read_line(path, offsets[line]), f"{path}, line {line + 1}"
-        if source.kind == "text":
-            if not isinstance(record.get("text"), str):
-                raise DataError(f'{where}: expected {{"text": "..."}}')
-            sample = encode_text(
-                record["text"], tokenizer, end_token=end_token, domain=source.name
-            )
-        else:
-            conversation = read_conversation(record, where=where, domain=source.name)
-            sample = encode_conversation(conversation, tokenizer, template)
-        return split_sample(sample, config.max_length)
-
-    return items
+def _open(source: SourceConfig, config: DataConfig, text: Text, path: Path | None = None) -> Source:
+    if source.kind == "tasks":
+        return TaskSource(source, text, config.seed, held_out=False)
+    path = path or source.path
+    assert path is not None
+    if source.kind == "text":
+        return TextSource(source.name, path, text, config.max_length, config.seed)
+    return ChatSource(source.name, path, text, config.max_length)
 
 
-def _line_offsets(path: Path) -> "array[int]":
-    """Return the byte offset of every line of `path` that is not blank."""
-    offsets, at = array("q"), 0
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; raise DataError naming file and line."""
     try:
-        with path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    offsets.append(at)
-                at += len(line)
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if not offsets:
-        raise DataError(f"{path} holds no records: it must have one JSON object a line")
-    return offsets
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: not a JSON object")
+        rows.append(row)
+    return rows
 
 
-def _read_line(path: Path, offset: int) -> Mapping[str, Any]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        line = file.readline()
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, byte {offset}: not a line of JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path}, byte {offset}: expected a JSON object, not {line[:80]!r}")
-    return record
+def _field(row: Mapping[str, Any], name: str, path: Path) -> Any:
+    if name not in row:
+        raise DataError(f"{path}: a line has no {name!r}")
+    return row[name]
+
+
+def _message(data: Mapping[str, Any], path: Path) -> Message:
+    calls = tuple(ToolCall(**call) for call in data.get("tool_calls", ()))
+    return Message(
+        role=_field(data, "role", path),
+        content=data.get("content"),
+        reasoning=data.get("reasoning"),
+        tool_calls=calls,
+        tool_call_id=data.get("tool_call_id"),
+    )

@@ -272,7 +272,9 @@ async def _merge(
         try:
             async with contextlib.aclosing(cast(AsyncGenerator[Completion], source)):
                 async for c in source:
-                    await latest.put(dataclasses.replace(c, index=c.index + number * n))
+                    if number:
+                        c = dataclasses.replace(c, index=c.index + number * n)
+                    await latest.put(c)
             await latest.put(None)
         except Exception as error:
             await latest.put(error)

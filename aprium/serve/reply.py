@@ -21,6 +21,8 @@ _LOWEST = -9999.0  # stands for minus infinity, which JSON cannot express
 class Reply(Protocol):
     """What the server needs of a reply, of either kind."""
 
+    id: str
+
     def opening(self) -> list[dict[str, Any]]:
         """Return the chunks sent before the first token."""
         ...

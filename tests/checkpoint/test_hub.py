@@ -57,7 +57,7 @@ def test_offline_is_one_sentence(monkeypatch):
         raise LocalEntryNotFoundError("a long story\nover several lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(CheckpointError, match="cannot download 'owner/name'.*go online") as raised:
+    with pytest.raises(CheckpointError, match=r"cannot download 'owner/name'.*go online") as raised:
         hub.resolve("owner/name")
     assert "\n" not in str(raised.value)
 

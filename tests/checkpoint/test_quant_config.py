@@ -59,7 +59,7 @@ def test_prefixes_of_names_in_lists(tmp_path, prefix):
 
 def test_a_parent_does_not_cover_a_longer_number(tmp_path):
     body = {"quant_algo": "FP8", "exclude_modules": ["backbone.layers.1"]}
-    found = read(tmp_path, modelopt=body, shape=PRESETS["pico"])
+    found = read(tmp_path, modelopt=body, shape=PRESETS["nano"])
     assert found is not None
     assert not any(n.startswith("backbone.layers.1.") for n in found.quant.formats)
     assert any(n.startswith("backbone.layers.10.") for n in found.quant.formats)

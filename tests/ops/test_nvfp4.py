@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from aprium.ops import nvfp4
+from tests import modelopt_layout
 
 VECTORS = dict(np.load(Path(__file__).parents[1] / "vectors" / "nvfp4_vectors.npz"))
 
@@ -58,6 +59,15 @@ def test_code_table():
     byte = np.arange(256)
     assert same(decoded[:, 0], VECTORS["tables/e2m1"][byte & 15])
     assert same(decoded[:, 1], VECTORS["tables/e2m1"][byte >> 4])
+
+
+@pytest.mark.parametrize("case", ["randn_f32", "zero_blocks", "scale_underflow", "scale_ties"])
+def test_encoder_of_the_tests_is_modelopts(case):
+    """Checkpoints made for other tests hold the bytes that ModelOpt would have written."""
+    encoded = modelopt_layout.encode_nvfp4(torch.from_numpy(VECTORS[f"{case}/x"]))
+    wanted = tensors(f"{case}/modelopt")
+    for found, stored in zip(encoded, wanted, strict=True):
+        assert torch.equal(found.float(), stored.float())
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])

@@ -1,0 +1,259 @@
+"""The command line: parse, call one function, turn errors into one line.
+
+Heavy packages are imported inside the commands, so that `--help` and `info` answer at once.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import aprium
+from aprium.base.errors import ApriumError, UnsupportedError
+from aprium.base.log import configure_logging
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _with_dashes(name: str) -> str:
+    """Take `--max_tokens` for `--max-tokens`, as other engines do."""
+    return name.replace("_", "-")
+
+
+def _sampling_options(function: Any) -> Any:
+    """Add the options of SamplingParams that every generating command has."""
+    options = (
+        click.option("--max-tokens", type=int, help="Most tokens to generate."),
+        click.option("--temperature", type=float, help="0 is greedy; default: the model's own."),
+        click.option("--top-p", type=float, help="Keep the likeliest tokens of this total share."),
+        click.option("--top-k", type=int, help="Keep this many likeliest tokens."),
+        click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest."),
+        click.option("--seed", type=int, help="Make the answer reproducible."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _engine_options(function: Any) -> Any:
+    """Add the options of EngineConfig that commands which run a model once have."""
+    options = (
+        click.option("--dtype", default="auto", help="auto, float32 or bfloat16 activations."),
+        click.option("--max-model-len", type=int, help="Longest sequence; default: the model's."),
+        click.option("--load-format", default="auto", help="auto, or dummy for random weights."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={**_CONTEXT, "token_normalize_func": _with_dashes})
+@click.version_option(aprium.__version__, prog_name="aprium")
+def cli() -> None:
+    """Run, serve and train hybrid Mamba-Transformer mixture-of-experts language models."""
+
+
+@cli.command()
+@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
+@click.option("--system", help="A system message.")
+@click.option("--no-thinking", is_flag=True, help="Answer without reasoning first.")
+@_sampling_options
+@_engine_options
+def chat(words: tuple[str, ...], system: str | None, no_thinking: bool, **options: Any) -> None:
+    """Talk to a model (pico when none is named).
+
+    With PROMPT answers once; without it holds a conversation. MODEL is a checkpoint directory, a
+    hub id, or pico. A single argument that is none of these is the prompt.
+    """
+    model, prompt = _model_and_prompt(words)
+    configure_logging("WARNING")
+    from aprium.engine.client import LLM
+    from aprium.serve.terminal import Chat, interact
+
+    sampling, engine = _split(options)
+    with LLM(model, **engine) as llm:
+        params = _params(llm, sampling, max_tokens=sampling.get("max_tokens"))
+        talk = Chat(llm, params, thinking=not no_thinking, system=system)
+        if prompt is None:
+            interact(talk)
+        else:
+            talk.ask(prompt)
+
+
+@cli.command()
+@click.argument("model", default="pico")
+@click.option("--prompt", required=True, multiple=True, help="Text to continue; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--stop", multiple=True, help="Stop before this text; may be repeated.")
+@click.option("--n", type=int, default=1, help="Continuations of each prompt.")
+@click.option("--logprobs", type=int, help="Give this many alternatives at each token.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end token.")
+@_sampling_options
+@_engine_options
+def generate(model: str, prompt: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Continue text as it is, without a chat template."""
+    configure_logging("WARNING")
+    from aprium.engine.client import LLM
+
+    sampling, engine = _split(options)
+    with LLM(model, **engine) as llm:
+        params = _params(llm, sampling)
+        completions = llm.generate(list(prompt), params)
+    if not as_json:
+        for completion in completions:
+            click.echo(completion.text)
+        return
+    groups = [completions[i * params.n : (i + 1) * params.n] for i in range(len(prompt))]
+    results = [
+        {"prompt": text, "completions": [dataclasses.asdict(c) for c in group]}
+        for text, group in zip(prompt, groups, strict=True)
+    ]
+    found = results[0] if len(results) == 1 else {"results": results}
+    click.echo(json.dumps({"model": model, **found}, ensure_ascii=False))
+
+
+class _ServeCommand(click.Command):
+    """A command whose options are those of the flag table."""
+
+    def __init__(self, **attributes: Any) -> None:
+        from aprium.serve.flags import FLAGS
+
+        super().__init__(**attributes)
+        kinds: dict[str, dict[str, Any]] = {
+            "int": {"type": int},
+            "switch": {"type": bool, "default": None},
+            "words": {"multiple": True},
+        }
+        for flag in FLAGS:
+            spelling = f"--{flag.name}" + (f"/--no-{flag.name}" if flag.kind == "switch" else "")
+            note = "" if flag.default is None else f" [default: {flag.default}]"
+            self.params.append(
+                click.Option(
+                    [spelling, flag.name.replace("-", "_")],
+                    help=flag.help + note,
+                    hidden=not flag.takes,
+                    **kinds.get(flag.kind, {}),
+                )
+            )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Bring the command line to one spelling first; a refused flag ends it there."""
+        from aprium.serve.flags import prepare
+
+        return super().parse_args(ctx, prepare(args))
+
+
+@cli.command(cls=_ServeCommand)
+@click.argument("name", metavar="[MODEL]", required=False)
+def serve(name: str | None, **values: Any) -> None:
+    """Serve a model behind an OpenAI-compatible API.
+
+    The flags are those of `vllm serve`. Those that ask for nothing this engine does otherwise are
+    accepted without effect; the others are refused by name.
+    """
+    from aprium.serve.flags import read
+
+    flags, ignored = read({key.replace("_", "-"): value for key, value in values.items()})
+    if name and flags["model"] and name != flags["model"]:
+        raise click.UsageError(f"the model is given twice: {name} and {flags['model']}")
+    configure_logging()
+    if ignored:
+        names = ", ".join(f"--{flag}" for flag in ignored)
+        click.echo(f"aprium: note: without effect here: {names}", err=True)
+    from aprium.serve.launch import launch
+
+    launch(name or flags["model"] or "pico", flags)
+
+
+@cli.command()
+@click.argument("target")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(target: str, as_json: bool) -> None:
+    """Say what a model costs: parameters, bytes, cache and state.
+
+    TARGET is a preset (nano, super, ultra, lightning, pico, toy), a published quantised file
+    (ultra-nvfp4, nano-fp8, ...), or a checkpoint directory.
+    """
+    from aprium.checkpoint.info import render_info
+
+    click.echo(render_info(target, as_json=as_json))
+
+
+@cli.command()
+@click.option("--recipe", required=True, type=click.Path(path_type=Path), help="A TOML file.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+def pretrain(recipe: Path, settings: tuple[str, ...]) -> None:
+    """Train a model from scratch, or go on with a run that was stopped."""
+    configure_logging()
+    from aprium.train.pretrain import run
+
+    run(recipe, dict(_setting(text) for text in settings))
+
+
+def _model_and_prompt(words: tuple[str, ...]) -> tuple[str, str | None]:
+    """Tell model from prompt: two words are both, one is whichever it can be."""
+    from aprium.model.presets import PRESETS
+
+    if len(words) > 2:
+        raise click.UsageError("give at most a model and a prompt; put a prompt in quotes")
+    if len(words) == 2:
+        return words[0], words[1]
+    if not words:
+        return "pico", None
+    (word,) = words
+    names_model = word in PRESETS or Path(word).is_dir() or _HUB_ID.fullmatch(word)
+    return (word, None) if names_model else ("pico", word)
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part the options given into those of sampling and those of the engine."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    engine = {n: given.pop(n) for n in ("dtype", "max_model_len", "load_format") if n in given}
+    return given, engine
+
+
+def _params(llm: Any, sampling: dict[str, Any], **more: Any) -> Any:
+    """Return the model's own sampling with the options given put over it."""
+    from aprium.engine.client import default_params
+
+    return dataclasses.replace(default_params(llm.generation_config), **(sampling | more))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Read KEY=VALUE, where VALUE is TOML or else plain text."""
+    import tomllib
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--set {text}: write KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line and return the exit status."""
+    try:
+        cli.main(args=arguments, prog_name="aprium", standalone_mode=False)
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except UnsupportedError as error:
+        click.echo(f"aprium: error: {error}", err=True)
+        return 2
+    except ApriumError as error:
+        click.echo(f"aprium: error: {error}", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

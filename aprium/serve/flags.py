@@ -1,0 +1,278 @@
+"""The flags of `aprium serve`, spelled as `vllm serve` spells them, as data.
+
+People bring command lines from other engines and other versions. A flag is taken, or accepted
+because it asks for nothing this engine does otherwise, or refused in one sentence that says what
+to do instead; a flag is never silently without effect on the answer.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from aprium.base.errors import UnsupportedError
+
+Kind = Literal["text", "int", "count", "switch", "json", "words"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """One flag.
+
+    `kind`: "count" is an integer with an optional k, K, m or M (1000 or 1024 each); "switch" has a
+    --no- form; "words" may be given several times. `accepts` lists the only values that can be
+    had, `remedy` says what to do about another. `takes` False marks a flag without effect here.
+    """
+
+    name: str
+    kind: Kind = "text"
+    help: str = ""
+    default: Any = None
+    accepts: tuple[str, ...] | None = None
+    remedy: str = ""
+    takes: bool = True
+
+
+_REASONING = ("nemotron_v3", "nano_v3", "super_v3", "ultra_v3", "nemotron_3")
+_QUANTIZATIONS = (
+    "modelopt", "modelopt_fp4", "modelopt_mixed", "nvfp4", "fp4", "fp8", "compressed_tensors"
+)  # fmt: skip
+_ONE_PROCESS = "this engine runs in one process on one machine, leave the flag out or give 1"
+_STATE = "the recurrent state is kept in float32, leave the flag out"
+
+FLAGS: tuple[Flag, ...] = (
+    Flag(name="model", help="The model, instead of the argument."),
+    Flag(name="served-model-name", kind="words", help="Names the model answers to."),
+    Flag(name="host", default="127.0.0.1", help="Address to listen on."),
+    Flag(name="port", kind="int", default=8000, help="Port to listen on; 0 takes a free one."),
+    Flag(name="api-key", kind="words", help="Keys that let a client in (env: APRIUM_API_KEY)."),
+    Flag(name="ssl-keyfile", help="Private key for HTTPS."),
+    Flag(name="ssl-certfile", help="Certificate for HTTPS."),
+    Flag(
+        name="dtype",
+        default="auto",
+        accepts=("auto", "float32", "float", "bfloat16"),
+        remedy="use auto, float32 or bfloat16",
+        help="Dtype of activations: auto (float32), float32 or bfloat16.",
+    ),
+    Flag(name="max-model-len", kind="count", help="Longest sequence (32768, 32K); default: fits."),
+    Flag(name="max-num-seqs", kind="int", help="Most sequences computed together."),
+    Flag(name="max-num-batched-tokens", kind="count", help="Most tokens of one step."),
+    Flag(name="block-size", kind="int", help="Tokens of one page of keys and values."),
+    Flag(name="kv-cache-memory-bytes", kind="count", help="Memory for keys and values."),
+    Flag(name="enable-chunked-prefill", kind="switch", help="Compute prompts in pieces."),
+    Flag(name="seed", kind="int", help="Seed of requests that bring none."),
+    Flag(
+        name="load-format",
+        default="auto",
+        accepts=("auto", "safetensors", "dummy"),
+        remedy="checkpoints are read from safetensors, or use dummy for random weights",
+        help="auto, safetensors, or dummy for random weights.",
+    ),
+    Flag(name="download-dir", help="Where checkpoints from the hub are kept."),
+    Flag(name="chat-template", help="A Jinja file to use instead of the checkpoint's template."),
+    Flag(
+        name="default-chat-template-kwargs",
+        kind="json",
+        help="Switches of the template where a request sets none, as JSON.",
+    ),
+    Flag(
+        name="generation-config",
+        default="auto",
+        help="Sampling where a request says nothing: auto (the checkpoint's), vllm, or a folder.",
+    ),
+    Flag(name="override-generation-config", kind="json", help="Sampling put over that, as JSON."),
+    Flag(
+        name="quantization",
+        accepts=_QUANTIZATIONS,
+        remedy="weights run in the format the checkpoint has, leave the flag out",
+        help="What the checkpoint must be quantised with; it is found out anyway.",
+    ),
+    Flag(name="uvicorn-log-level", default="info", help="Log level of the HTTP server."),
+    Flag(name="disable-uvicorn-access-log", kind="switch", help="Do not log every request."),
+    Flag(name="shutdown-timeout", kind="int", default=5, help="Seconds requests get at the end."),
+    # What follows is accepted because it asks for what happens anyway, or for a choice that other
+    # hardware has.
+    Flag(
+        name="reasoning-parser",
+        accepts=_REASONING,
+        remedy="the family's reasoning tags are always parsed, leave the flag out",
+        takes=False,
+    ),
+    Flag(
+        name="tool-call-parser",
+        accepts=("qwen3_coder", "qwen3_xml"),
+        remedy="the family's tool calls are always parsed, leave the flag out",
+        takes=False,
+    ),
+    Flag(name="reasoning-parser-plugin", takes=False),
+    Flag(name="enable-auto-tool-choice", kind="switch", takes=False),
+    Flag(name="trust-remote-code", kind="switch", takes=False),
+    Flag(name="tensor-parallel-size", accepts=("1",), remedy=_ONE_PROCESS, takes=False),
+    Flag(name="pipeline-parallel-size", accepts=("1",), remedy=_ONE_PROCESS, takes=False),
+    Flag(name="data-parallel-size", accepts=("1",), remedy=_ONE_PROCESS, takes=False),
+    Flag(
+        name="kv-cache-dtype",
+        accepts=("auto",),
+        remedy="keys and values have the dtype of the activations, use --dtype bfloat16 to halve "
+        "them",
+        takes=False,
+    ),
+    Flag(name="mamba-ssm-cache-dtype", accepts=("auto", "float32"), remedy=_STATE, takes=False),
+    Flag(name="mamba-cache-dtype", accepts=("auto", "float32"), remedy=_STATE, takes=False),
+    Flag(
+        name="mamba-cache-mode",
+        accepts=("none",),
+        remedy="prefixes are not reused yet, leave the flag out",
+        takes=False,
+    ),
+    Flag(
+        name="cpu-offload-gb",
+        accepts=("0", "0.0"),
+        remedy="the weights are in main memory already, leave the flag out",
+        takes=False,
+    ),
+    Flag(
+        name="device",
+        accepts=("auto", "cpu"),
+        remedy="this engine computes on the CPU, leave the flag out",
+        takes=False,
+    ),
+    Flag(name="runner", accepts=("auto", "generate"), remedy="models only generate", takes=False),
+    Flag(name="task", accepts=("auto", "generate"), remedy="models only generate", takes=False),
+    Flag(name="gpu-memory-utilization", takes=False),
+    Flag(name="swap-space", takes=False),
+    Flag(name="mamba-backend", takes=False),
+    Flag(name="mamba-ssu-algorithm", takes=False),
+    Flag(name="moe-backend", takes=False),
+    Flag(name="linear-backend", takes=False),
+    Flag(name="attention-backend", takes=False),
+    Flag(name="max-cudagraph-capture-size", takes=False),
+    Flag(name="compilation-config", takes=False),
+    Flag(name="enforce-eager", kind="switch", takes=False),
+    Flag(name="enable-flashinfer-autotune", kind="switch", takes=False),
+    Flag(name="async-scheduling", kind="switch", takes=False),
+    Flag(name="disable-log-requests", kind="switch", takes=False),
+    Flag(name="enable-log-requests", kind="switch", takes=False),
+    Flag(name="disable-log-stats", kind="switch", takes=False),
+)
+
+_PREFIX = "prefixes are not reused yet, leave the flag out"
+_ROUNDING = "the recurrent state is kept in float32 and needs no such rounding, leave the flag out"
+_ADAPTERS = "adapters are not supported, merge them into the checkpoint first"
+_QUEUE = "the queue has no bound yet, put the limit into the proxy in front"
+
+# Flag -> what to do instead. The --no- form of each is accepted, since it asks for nothing.
+REFUSED: dict[str, str] = {
+    "speculative-config": "tokens are not drafted yet (only speed differs), leave the flag out",
+    "enable-prefix-caching": _PREFIX,
+    "mamba-block-size": _PREFIX,
+    "prefix-match-unit": _PREFIX,
+    "enable-mamba-fine-grained-prefix-cache": _PREFIX,
+    "enable-mamba-cache-stochastic-rounding": _ROUNDING,
+    "mamba-cache-philox-rounds": _ROUNDING,
+    "enable-expert-parallel": "all experts run in one process, leave the flag out",
+    "cpu-offload-params": "the weights are in main memory already, leave the flag out",
+    "enable-lora": _ADAPTERS,
+    "lora-modules": _ADAPTERS,
+    "max-lora-rank": _ADAPTERS,
+    "max-loras": _ADAPTERS,
+    "max-num-queued-reqs": _QUEUE,
+    "max-num-queued-tokens": _QUEUE,
+    "reasoning-config": "thinking has no budget yet, limit answers with max_completion_tokens",
+    "structured-outputs-config": "structured output is not supported yet, leave the flag out",
+    "guided-decoding-backend": "structured output is not supported yet, leave the flag out",
+    "tokenizer": "put the tokenizer's files into the checkpoint's directory instead",
+    "tokenizer-mode": "the checkpoint's tokenizer.json is used, leave the flag out",
+    "revision": "download that revision and give its directory as the model",
+    "hf-overrides": "edit a copy of the checkpoint's config.json instead",
+    "config": "write the flags on the command line",
+    "middleware": "put a proxy in front of the server instead",
+    "allowed-origins": "put a proxy in front of the server instead",
+}
+
+_BY_NAME = {flag.name: flag for flag in FLAGS}
+
+
+def prepare(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with one spelling of everything.
+
+    Underscores in names become dashes; a list after a flag that takes several words becomes one
+    flag a word, where the model is given elsewhere. Raises UnsupportedError at a refused flag.
+    """
+    names = [_split(argument)[0] for argument in arguments]
+    has_model = "model" in names or (bool(arguments) and not arguments[0].startswith("-"))
+    prepared: list[str] = []
+    repeated = ""  # the flag that further words belong to
+    for argument, name in zip(arguments, names, strict=True):
+        if name is None:
+            follows = repeated and prepared[-1] != repeated and has_model
+            prepared += [repeated, argument] if follows else [argument]
+            continue
+        base = name.split(".")[0]
+        if base in REFUSED:
+            raise UnsupportedError(f"--{base} is not supported: {REFUSED[base]}")
+        if name.removeprefix("no-") in REFUSED:
+            continue
+        flag = _BY_NAME.get(name)
+        repeated = f"--{name}" if flag is not None and flag.kind == "words" else ""
+        prepared.append(f"--{name}" + "".join(argument.partition("=")[1:]))
+    return prepared
+
+
+def read(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the flags taken, by name, and the names of those without effect.
+
+    `values` has, by flag name, what the command line gave (None where nothing). Raises
+    UnsupportedError for a value that cannot be had.
+    """
+    taken: dict[str, Any] = {}
+    ignored: list[str] = []
+    for flag in FLAGS:
+        value = values.get(flag.name)
+        if value is None or value == ():
+            if flag.takes:
+                taken[flag.name] = flag.default
+            continue
+        # Names of parsers are spelled with - and with _.
+        if flag.accepts is not None and not {value, value.replace("-", "_")} & {*flag.accepts}:
+            raise UnsupportedError(f"--{flag.name} {value} is not supported: {flag.remedy}")
+        if flag.takes:
+            taken[flag.name] = _convert(flag, value)
+        elif flag.accepts is None:
+            ignored.append(flag.name)
+    return taken, ignored
+
+
+def _split(argument: str) -> tuple[str | None, str]:
+    """Return the name of a flag, and what follows its `=`; the name of anything else is None."""
+    if not argument.startswith("--") or argument == "--":
+        return None, ""
+    name, _, value = argument[2:].partition("=")
+    return name.replace("_", "-"), value
+
+
+def _convert(flag: Flag, value: Any) -> Any:
+    if flag.kind == "count":
+        return _count(flag.name, value)
+    if flag.kind != "json":
+        return value
+    try:
+        data = json.loads(value)
+    except ValueError as error:
+        raise UnsupportedError(f"--{flag.name} {value!r} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UnsupportedError(f"--{flag.name} {value!r} must be a JSON object")
+    return data
+
+
+def _count(name: str, text: str) -> int | None:
+    """Read 32768, 32k (thousands) or 32K (1024s); "auto" and -1 leave the choice to the engine."""
+    if text in ("auto", "-1"):
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text)
+    if match is None:
+        raise UnsupportedError(f"--{name} {text!r} is not a number: write it as 32768 or 32K")
+    base = 1024 if match[2].isupper() else 1000
+    return int(float(match[1]) * base ** " kmg".index(match[2].lower() or " "))

@@ -1,0 +1,109 @@
+"""Pretraining from a recipe: a TOML file in, a checkpoint in the public layout out.
+
+Under `output`: the resolved recipe, metrics, loss curve and resumable checkpoints while it runs,
+then `model/`, which every other command opens. The same recipe and output continue a run that
+was stopped.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aprium.base.config import from_dict, load_toml, to_dict
+from aprium.base.errors import ConfigError
+from aprium.base.log import get_logger
+from aprium.checkpoint.save import save_checkpoint
+from aprium.data.loader import Loader
+from aprium.data.sources import DataConfig, Text, heldout_samples
+from aprium.model.config import ModelConfig
+from aprium.model.model import HybridModel
+from aprium.model.presets import preset
+from aprium.text.chat import ChatTemplate
+from aprium.text.tokenizer import Tokenizer
+from aprium.train.losses import LossConfig
+from aprium.train.optim import OptimConfig
+from aprium.train.trainer import Trainer, TrainerConfig
+
+log = get_logger("train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A recipe.
+
+    `preset` names the shape and `model` replaces fields of it. `tokenizer` is a directory with
+    the tokenizer and chat template; its files go into the exported checkpoint. Paths are relative
+    to the working directory.
+    """
+
+    output: Path
+    tokenizer: Path
+    preset: str
+    data: DataConfig
+    trainer: TrainerConfig
+    tokens_per_step: int = 4096
+    model: dict[str, Any] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        """Check that a step can hold the longest sample."""
+        if self.tokens_per_step < self.data.max_length:
+            raise ConfigError(
+                f"tokens_per_step is {self.tokens_per_step}: it must be at least "
+                f"data.max_length, {self.data.max_length}"
+            )
+
+
+def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path | None:
+    """Train by the TOML file `recipe`, continuing where an earlier run of it stopped.
+
+    `overrides` maps dotted keys ("trainer.steps") to values. Returns the directory of the exported
+    checkpoint, or None when asked to stop before the end. Raises ConfigError, DataError or
+    CheckpointError.
+    """
+    config = load_toml(PretrainConfig, recipe, overrides)
+    text = Text(Tokenizer.load(config.tokenizer), ChatTemplate.load(config.tokenizer))
+    shape = _shape(config, text.tokenizer)
+    model = HybridModel(shape, dtype=torch.float32)
+    model.init_weights(torch.Generator().manual_seed(config.trainer.seed))
+    config.output.mkdir(parents=True, exist_ok=True)
+    resolved = json.dumps(to_dict(config), indent=2)
+    (config.output / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
+    trainer = Trainer(
+        model,
+        Loader(config.data, text, tokens_per_batch=config.tokens_per_step),
+        heldout_samples(config.data, text),
+        output=config.output,
+        optim=config.optim,
+        loss=config.loss,
+        config=config.trainer,
+    )
+    if not trainer.run():
+        log.info("stopped at step %d: the same command continues", trainer.progress.step)
+        return None
+    return export(model, config.tokenizer, config.output / "model")
+
+
+def export(model: HybridModel, tokenizer: Path, directory: Path) -> Path:
+    """Write `model` as BF16 in the public layout, with the files of directory `tokenizer`."""
+    save_checkpoint(model, directory, dtype=torch.bfloat16)
+    for file in sorted(tokenizer.iterdir()):
+        if file.suffix in (".json", ".jinja"):
+            shutil.copyfile(file, directory / file.name)
+    return directory
+
+
+def _shape(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    shape = from_dict(ModelConfig, to_dict(preset(config.preset)) | config.model, where="model")
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {shape.vocab_size}: the tokenizer in {config.tokenizer} has "
+            f"{tokenizer.vocab_size} tokens"
+        )
+    return shape
