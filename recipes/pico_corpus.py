@@ -91,12 +91,18 @@ def _raw_documents(defined: list[tuple[str, str, int]]) -> Iterator[str]:
         yield from (part.replace("\t", "    ") for part in text.split("\n%\n") if len(part) < 900)
     for folder in ("tutorial", "library", "howto", "faq"):
         for file in sorted((PYTHON_DOC / folder).glob("*.rst.txt*")):
-            raw = (
+            raw = _read(file)
                 gzip.decompress(file.read_bytes()).decode()
                 if file.suffix == ".gz"
                 else file.read_text()
             )
             yield from _prose(raw)
+
+
+def _read(file: Path) -> str:
+    if file.suffix == ".gz":
+        return gzip.decompress(file.read_bytes()).decode()
+    return file.read_text(encoding="utf-8")
 
 
 def _prose(text: str) -> Iterator[str]:

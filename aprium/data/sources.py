@@ -2,8 +2,9 @@
 
 Every source is an endless deterministic sequence of samples, addressed by number, so that a
 position is one integer and resuming is exact. Text documents longer than `max_length` are cut
-into consecutive samples, each token predicted once. In conversations the last turn, the
-assistant's, is weighted. The mixture takes from the source that is furthest behind its share of tokens.
+into consecutive samples, each token predicted once. In conversations the last turn, which is
+the assistant's, is weighted. The mixture takes from the source furthest behind its share of tokens.
+Task families are handed in, because this package does not know where tasks are made.
 """
 
 import json
@@ -16,7 +17,6 @@ from typing import Any, Literal, Protocol
 
 from aprium.base.errors import DataError
 from aprium.base.records import Message, Sample, ToolCall
-from aprium.envs.families import FAMILIES, draw
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 
@@ -49,10 +49,6 @@ class SourceConfig:
         needed = "words" if self.kind == "tasks" else "path"
         if getattr(self, needed) is None:
             raise DataError(f"source {self.name!r} of kind {self.kind!r} needs {needed}")
-        for family in self.families:
-            if family not in FAMILIES:
-                known = ", ".join(FAMILIES)
-                raise DataError(f"source {self.name!r}: unknown family {family!r}, not in {known}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +61,38 @@ class DataConfig:
     seed: int = 0
 
 
+class Drawn(Protocol):
+    """A task that was drawn: tools it offers, and itself as a conversation."""
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """JSON-schema descriptions of the tools."""
+        ...
+
+    def messages(self, *, thinking: bool) -> Sequence[Message]:
+        """Return question and solution."""
+        ...
+
+
+class Families(Protocol):
+    """Where tasks are made; the module `envs.families` is one."""
+
+    FAMILIES: Mapping[str, Any]
+
+    def draw(
+        self, family: str, rng: random.Random, words: Sequence[str], *, held_out: bool
+    ) -> Drawn:
+        """Draw a task of a family on one side of the split."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What turns text into tokens: the tokenizer and the chat template."""
+    """What sources make samples with: tokenizer, chat template, and task families if any."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
+    families: Families | None = None
 
 
 class Source(Protocol):
@@ -115,7 +137,7 @@ class TextSource:
 
 
 class ChatSource:
-    """Conversations of a JSONL file, in order, again and again, with thinking on and off in turn."""
+    """Conversations of a JSONL file in order, again and again, thinking on and off in turn."""
 
     def __init__(self, name: str, path: Path, text: Text, max_length: int) -> None:
         self._samples = []
@@ -148,9 +170,16 @@ class TaskSource:
 
     def __init__(self, config: SourceConfig, text: Text, seed: int, *, held_out: bool) -> None:
         assert config.words is not None
+        if text.families is None:
+            raise DataError(f"source {config.name!r} asks for tasks, and no families are at hand")
         self._config, self._text, self._seed = config, text, seed
         self._held_out = held_out
-        self._families = config.families or tuple(FAMILIES)
+        self._draw = text.families.draw
+        self._families = config.families or tuple(text.families.FAMILIES)
+        for family in self._families:
+            if family not in text.families.FAMILIES:
+                known = ", ".join(text.families.FAMILIES)
+                raise DataError(f"source {config.name!r}: no task family {family!r} in {known}")
         self._words = config.words.read_text(encoding="utf-8").split()
         if len(self._words) < _MIN_WORDS:
             raise DataError(f"{config.words} has fewer than {_MIN_WORDS} words")
@@ -160,10 +189,10 @@ class TaskSource:
         rng = random.Random(f"{self._seed} {number}")
         thinking = rng.random() < self._config.thinking
         family = rng.choice(self._families)
-        task = draw(family, rng, self._words, held_out=self._held_out)
+        task = self._draw(family, rng, self._words, held_out=self._held_out)
         messages = list(task.messages(thinking=thinking))
         if not self._held_out and not task.tools and rng.random() < 0.25:
-            earlier = draw(rng.choice(self._families), rng, self._words, held_out=False)
+            earlier = self._draw(rng.choice(self._families), rng, self._words, held_out=False)
             if not earlier.tools:
                 messages = [*earlier.messages(thinking=thinking), *messages]
         domain = f"{self._config.name}/{family}"

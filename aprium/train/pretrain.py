@@ -20,6 +20,7 @@ from aprium.base.log import get_logger
 from aprium.checkpoint.save import save_checkpoint
 from aprium.data.loader import Loader
 from aprium.data.sources import DataConfig, Text, heldout_samples
+from aprium.envs import families
 from aprium.model.config import ModelConfig
 from aprium.model.model import HybridModel
 from aprium.model.presets import preset
@@ -68,7 +69,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     CheckpointError.
     """
     config = load_toml(PretrainConfig, recipe, overrides)
-    text = Text(Tokenizer.load(config.tokenizer), ChatTemplate.load(config.tokenizer))
+    text = Text(Tokenizer.load(config.tokenizer), ChatTemplate.load(config.tokenizer), families)
     shape = _shape(config, text.tokenizer)
     model = HybridModel(shape, dtype=torch.float32)
     model.init_weights(torch.Generator().manual_seed(config.trainer.seed))

@@ -1,5 +1,6 @@
 """Sources: masks, cutting of documents, determinism, resuming, the mixture's shares."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from aprium.data.sources import (
     conversation,
     heldout_samples,
 )
+from aprium.envs import families
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 from tests.family import write_tokenizer
@@ -28,7 +30,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "pico"
 def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
-    return Text(Tokenizer.load(folder), ChatTemplate.load(RECIPE))
+    return Text(Tokenizer.load(folder), ChatTemplate.load(RECIPE), families)
 
 
 @pytest.fixture
@@ -139,8 +141,12 @@ def test_heldout(config: DataConfig, text: Text) -> None:
 def test_errors_name_file_and_line(config: DataConfig, text: Text, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown key sources\[0\].typo"):
         from_dict(DataConfig, {"sources": [{"kind": "text", "name": "x", "typo": 1}]})
-    with pytest.raises(DataError, match="unknown family 'juggle'"):
-        SourceConfig(kind="tasks", name="x", words=Path("w"), families=("juggle",))
+    bad = dataclasses.replace(config.sources[2], families=("juggle",))
+    with pytest.raises(DataError, match="no task family 'juggle'"):
+        Loader(DataConfig(sources=(bad,)), text, tokens_per_batch=500)
+    with pytest.raises(DataError, match="no families are at hand"):
+        bare = Text(text.tokenizer, text.template)
+        Loader(config, bare, tokens_per_batch=500)
     with pytest.raises(DataError, match="needs path"):
         SourceConfig(kind="text", name="x")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')

@@ -27,9 +27,7 @@ def test_round_trip(name: str) -> None:
         ("ultra", (48, 48, 12), (7, 14, 23, 32, 39, 48, 57, 64, 73, 82, 89, 98)),
     ],
 )
-def test_published_patterns(
-    name: str, kinds: tuple[int, ...], attention: tuple[int, ...]
-) -> None:
+def test_published_patterns(name: str, kinds: tuple[int, ...], attention: tuple[int, ...]) -> None:
     layers = PRESETS[name].layers
     assert tuple(layers.count(kind) for kind in ("mamba", "moe", "attention")) == kinds
     assert tuple(i for i, kind in enumerate(layers) if kind == "attention") == attention

@@ -1,0 +1,111 @@
+"""A recipe from file to exported checkpoint, stopped and continued on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aprium.base.errors import ConfigError
+from aprium.checkpoint.load import load_checkpoint
+from aprium.model.model import HybridModel
+from aprium.train.pretrain import run
+from aprium.train.trainer import Trainer
+from tests.family import write_tokenizer
+
+RECIPE = """
+output = "{0}/out"
+tokenizer = "{0}/tokenizer"
+preset = "toy"
+tokens_per_step = 256
+
+[model]
+vocab_size = {1}
+
+[trainer]
+steps = 2
+
+[data]
+max_length = 64
+heldout_samples = 3
+
+[[data.sources]]
+kind = "text"
+name = "text"
+path = "{0}/text.jsonl"
+heldout = "{0}/text.jsonl"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer")
+    rows = [json.dumps({"text": f"line {i} of a small text " * 4}) for i in range(9)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPE.format(tmp_path, 512))
+    return file
+
+
+def test_recipe_becomes_a_checkpoint_that_opens(recipe: Path) -> None:
+    directory = run(recipe)
+    assert directory == recipe.parent / "out" / "model"
+    loaded = load_checkpoint(directory)
+    assert isinstance(loaded.model, HybridModel)
+    trained = _weights(recipe, "step-000002")
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    assert torch.equal(loaded.model.get_parameter(name), trained[name].bfloat16())
+    bias = "backbone.layers.2.mixer.gate.e_score_correction_bias"
+    assert torch.equal(loaded.model.get_parameter(bias), trained[bias])
+    for file in (recipe.parent / "tokenizer").glob("*.json"):
+        assert (directory / file.name).read_bytes() == file.read_bytes()
+    resolved = json.loads((recipe.parent / "out" / "recipe.json").read_text())
+    assert resolved["trainer"]["steps"] == 2 and resolved["optim"]["schedule"] == "wsd"
+
+
+def test_stopped_run_exports_nothing_and_continues(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+
+    def stop_after_first(self: Trainer, samples: Any) -> dict[str, float]:
+        figures = step(self, samples)
+        self._request_stop(15, None)
+        return figures
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_after_first)
+        assert run(recipe) is None
+    assert not (recipe.parent / "out" / "model").exists()
+    assert run(recipe, {"trainer.steps": 3}) is not None
+    straight = recipe.parent / "straight"
+    run(recipe, {"trainer.steps": 3, "output": str(straight)})
+    for name, tensor in _weights(recipe, "step-000003").items():
+        assert torch.equal(tensor, _load(straight / "step-000003")[name]), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"trainer.step": 1}, "unknown key trainer.step"),
+        ({"model.hidden": 1}, "unknown key model.hidden"),
+        ({"preset": "huge"}, "unknown preset 'huge'"),
+        ({"model.vocab_size": 20}, "model.vocab_size is 20"),
+        ({"tokens_per_step": 63}, "tokens_per_step is 63"),
+    ],
+)
+def test_bad_recipes_name_the_value(recipe: Path, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(recipe, overrides)
+
+
+def _weights(recipe: Path, name: str) -> dict[str, torch.Tensor]:
+    return _load(recipe.parent / "out" / name)
+
+
+def _load(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
