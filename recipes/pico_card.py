@@ -8,6 +8,7 @@ the closing thinking tag is the answer word for word. The card's figures are onl
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -29,9 +30,12 @@ def held_out_items(family: str, words: list[str], count: int) -> list[Task]:
     """Draw up to `count` different held-out items of a family."""
     rng = random.Random(f"card {family}")
     items: dict[str, Task] = {}
-    for _ in range(count * 20):
+    for _ in range(count * 60):
         task = draw(family, rng, words, held_out=True)
-        items.setdefault(task.key, task)
+        # The same two numbers the other way round must not have been trained on either.
+        swapped = dataclasses.replace(task, key=" ".join(reversed(task.key.split())))
+        if family not in ("add", "compare") or swapped.held_out:
+            items.setdefault(task.key, task)
         if len(items) == count:
             break
     return list(items.values())
@@ -55,12 +59,19 @@ def constant_baseline(tasks: list[Task]) -> float:
     return answers.most_common(1)[0][1] / len(tasks)
 
 
-def bits_per_byte(llm: LLM, file: Path, limit: int = 150) -> float:
-    """Return the negative log2-likelihood of held-out documents per byte of text."""
+def bits_per_byte(llm: LLM, corpus: Path, limit: int = 150) -> float:
+    """Return the negative log2-likelihood of held-out documents per byte of text.
+
+    Documents with a definition that also occurs in a conversation are left out.
+    """
     assert llm.tokenizer is not None
+    rows = read_jsonl(corpus / "chat.jsonl")
+    answers = {row["messages"][-1]["content"].lower() for row in rows}
+    documents = [row["text"][:1500] for row in read_jsonl(corpus / "text_heldout.jsonl")]
+    lines = [[line.split(": ")[-1].lower() for line in text.splitlines()] for text in documents]
+    fresh = [t for t, part in zip(documents, lines, strict=True) if not answers & set(part)]
     nats = num_bytes = 0.0
-    for row in read_jsonl(file)[:limit]:
-        text = row["text"][:1500]
+    for text in fresh[:limit]:
         nats -= sum(p for p in llm.score(llm.tokenizer.encode(text)) if p is not None)
         num_bytes += len(text.encode())
     return nats / math.log(2) / num_bytes
@@ -88,7 +99,7 @@ def main() -> None:
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
-        text_bits = bits_per_byte(llm, args.corpus / "text_heldout.jsonl")
+        text_bits = bits_per_byte(llm, args.corpus)
     info = model_info(str(args.checkpoint))
     result = {"text_bits_per_byte": text_bits, "families": rows}
     (args.checkpoint / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -91,12 +91,7 @@ def _raw_documents(defined: list[tuple[str, str, int]]) -> Iterator[str]:
         yield from (part.replace("\t", "    ") for part in text.split("\n%\n") if len(part) < 900)
     for folder in ("tutorial", "library", "howto", "faq"):
         for file in sorted((PYTHON_DOC / folder).glob("*.rst.txt*")):
-            raw = _read(file)
-                gzip.decompress(file.read_bytes()).decode()
-                if file.suffix == ".gz"
-                else file.read_text()
-            )
-            yield from _prose(raw)
+            yield from _prose(_read(file))
 
 
 def _read(file: Path) -> str:
@@ -210,10 +205,9 @@ def main(output: Path) -> None:
     kept = [t for t in texts if not held_out(t)]
     tokenizer = train_tokenizer(kept, words, template)
     write_tokenizer(tokenizer, output / "tokenizer")
-    size = sum(map(len, texts))
-    print(
-        f"{len(texts)} documents, {size / 1e6:.1f} MB, {len(chats)} conversations, {len(words)} words"
-    )
+    size = sum(map(len, texts)) / 1e6
+    counts = f"{len(texts)} documents, {len(chats)} conversations, {len(words)} words"
+    print(f"{size:.1f} MB: {counts}")
 
 
 if __name__ == "__main__":

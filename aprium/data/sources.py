@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from aprium.base.errors import DataError
-from aprium.base.records import Message, Sample, ToolCall
+from aprium.base.records import Message, Sample
 from aprium.text.chat import ChatTemplate
+from aprium.text.messages import read_message
 from aprium.text.tokenizer import Tokenizer
 
 # Some families ask about several different words at once.
@@ -77,7 +78,10 @@ class Drawn(Protocol):
 class Families(Protocol):
     """Where tasks are made; the module `envs.families` is one."""
 
-    FAMILIES: Mapping[str, Any]
+    @property
+    def FAMILIES(self) -> Mapping[str, Any]:  # noqa: N802
+        """The families by name."""
+        ...
 
     def draw(
         self, family: str, rng: random.Random, words: Sequence[str], *, held_out: bool
@@ -142,7 +146,7 @@ class ChatSource:
     def __init__(self, name: str, path: Path, text: Text, max_length: int) -> None:
         self._samples = []
         for row in read_jsonl(path):
-            messages = [_message(m, path) for m in _field(row, "messages", path)]
+            messages = [read_message(m) for m in _field(row, "messages", path)]
             thinking = bool(messages[-1].reasoning) or len(self._samples) % 2 == 0
             sample = conversation(
                 messages, text, name, tools=row.get("tools", ()), thinking=thinking
@@ -309,14 +313,3 @@ def _field(row: Mapping[str, Any], name: str, path: Path) -> Any:
     if name not in row:
         raise DataError(f"{path}: a line has no {name!r}")
     return row[name]
-
-
-def _message(data: Mapping[str, Any], path: Path) -> Message:
-    calls = tuple(ToolCall(**call) for call in data.get("tool_calls", ()))
-    return Message(
-        role=_field(data, "role", path),
-        content=data.get("content"),
-        reasoning=data.get("reasoning"),
-        tool_calls=calls,
-        tool_call_id=data.get("tool_call_id"),
-    )

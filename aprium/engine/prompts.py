@@ -1,12 +1,12 @@
 """From what a caller calls a prompt to token ids: a string, ids, or a list of messages."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aprium.base.errors import RequestError
-from aprium.base.records import Message, ToolCall
+from aprium.base.records import Message
 from aprium.text.chat import ChatTemplate
+from aprium.text.messages import read_message
 from aprium.text.tokenizer import Tokenizer
 
 # One prompt; a list of messages may mix `Message`s and mappings in the OpenAI form.
@@ -60,44 +60,3 @@ def encode_prompt(
         return tuple(tokenizer.encode(prompt, add_special_tokens=True))
     messages = [read_message(m) for m in prompt]  # pyright: ignore[reportArgumentType]
     return tuple(tokenizer.encode(template.render(messages, tools, **(template_kwargs or {}))))
-
-
-def read_message(data: Message | Mapping[str, Any]) -> Message:
-    """Read a message in the OpenAI form; raises RequestError naming what is wrong with it."""
-    if isinstance(data, Message):
-        return data
-    role = data.get("role")
-    if not isinstance(role, str):
-        raise RequestError(f"message {dict(data)!r} has no role", param="messages")
-    return Message(
-        role=role,
-        content=_read_content(data.get("content")),
-        reasoning=data.get("reasoning") or data.get("reasoning_content"),
-        tool_calls=tuple(_read_tool_call(call) for call in data.get("tool_calls") or ()),
-        tool_call_id=data.get("tool_call_id"),
-    )
-
-
-def _read_content(content: Any) -> str | None:
-    """Read a text, or a list of text parts."""
-    if content is None or isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    raise RequestError(
-        f"message content {content!r} is not text: this family reads text only", param="messages"
-    )
-
-
-def _read_tool_call(data: Any) -> ToolCall:
-    if isinstance(data, ToolCall):
-        return data
-    call = data.get("function", data) if isinstance(data, Mapping) else {}
-    name, arguments = call.get("name"), call.get("arguments", "{}")
-    if not isinstance(name, str):
-        raise RequestError(f"tool call {data!r} has no function name", param="messages")
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(name=name, arguments=arguments, id=data.get("id"))

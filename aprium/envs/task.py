@@ -51,7 +51,7 @@ class Task:
 def verify(task: Task, content: str, calls: tuple[ToolCall, ...] = ()) -> bool:
     """Tell whether a reply solves `task`: the answer word for word, or the call asked for.
 
-    Only case, outer and repeated white space, and a full stop at the end are forgiven.
+    Only outer and repeated white space and a full stop at the end are forgiven.
     """
     if task.call is not None:
         wanted = (task.call.name, _plain(task.call.arguments))
@@ -60,4 +60,4 @@ def verify(task: Task, content: str, calls: tuple[ToolCall, ...] = ()) -> bool:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().removesuffix(".").lower()
+    return re.sub(r"\s+", " ", text).strip().removesuffix(".")

@@ -26,6 +26,8 @@ def test_gold_verifies_and_another_answer_does_not(family: str) -> None:
         else:
             assert verify(task, f" {task.answer}.\n")
             assert not verify(task, task.answer + "x") and not verify(task, "")
+            if task.answer.isalpha():
+                assert not verify(task, task.answer.swapcase())
             if other.answer != task.answer:
                 assert not verify(task, other.answer)
 
