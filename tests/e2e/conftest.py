@@ -7,11 +7,12 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -102,9 +103,11 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     for _ in range(1200):
         found = re.search(r"serving .* on (http://\S+)", log.read_text())
         if found:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(found[1] + "/health").status_code == 200:
-                    return found[1]
+            with (
+                contextlib.suppress(urllib.error.URLError),
+                urllib.request.urlopen(found[1] + "/health", timeout=5),
+            ):
+                return found[1]
         if process.poll() is not None:
             break
         time.sleep(0.1)
