@@ -49,7 +49,7 @@ def download(repo_id: str) -> Path:
 
     Raises CheckpointError in one sentence when the hub cannot be reached or refuses.
     """
-    import httpx
+    import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -59,7 +59,7 @@ def download(repo_id: str) -> Path:
         raise CheckpointError(f"the hub asks for a login to download {repo_id!r}") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"no repository {repo_id!r} on the hub, and no directory") from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise CheckpointError(
             f"cannot download {repo_id!r}: there is no such directory here, and the hub cannot be "
             f"reached ({type(error).__name__}); go online or give a directory"

@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from rich.console import Console
 
 from aprium.base.records import Completion, Message, SamplingParams
 from aprium.engine.client import LLM
-from aprium.text.parse import StreamParser, gather
+from aprium.text.chat import starts_in_reasoning
+from aprium.text.parse import Event, StreamParser, gather
 
 HELP = "/reset starts over, /thinking switches thinking on or off, /quit or Ctrl-D leaves."
 
@@ -37,8 +37,8 @@ class Chat:
         """
         self.history.append(Message(role="user", content=text))
         system = [Message(role="system", content=self.system)] if self.system else []
-        parser = StreamParser(thinking=self.thinking)
-        events = []
+        parser = StreamParser(thinking=False)
+        events: list[Event] = []
         begin = time.perf_counter()
         last: Completion | None = None
         printed = ""
@@ -49,6 +49,8 @@ class Chat:
         )
         try:
             for last in stream:
+                if not printed:
+                    parser = StreamParser(thinking=self._starts_in_reasoning(last))
                 new = parser.push(last.text[len(printed) :])
                 printed = last.text
                 events += self._show(new)
@@ -63,7 +65,13 @@ class Chat:
         if last is not None:
             self._show_speed(last, time.perf_counter() - begin)
 
-    def _show(self, events: list[Any]) -> list[Any]:
+    def _starts_in_reasoning(self, completion: Completion) -> bool:
+        """Tell from the prompt's own end, since a template may know no thinking."""
+        assert self.llm.tokenizer is not None
+        tail = list(completion.prompt_tokens[-8:])
+        return starts_in_reasoning(self.llm.tokenizer.decode(tail, skip_special_tokens=False))
+
+    def _show(self, events: list[Event]) -> list[Event]:
         for event in events:
             style = "dim" if event.kind == "reasoning" else None
             self.console.print(event.text, end="", style=style, markup=False)

@@ -337,7 +337,8 @@ def describe_invalid(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | No
     first = errors[0]
     path = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid" or not path:
-        return f"the body is not a JSON object: {first['msg']}", None
+        problem = "the body is not a JSON object sent as Content-Type: application/json"
+        return f"{problem} ({first['msg']})", None
     # A union reports each of its options by type name; the field is what counts.
     names = [str(p) for p in path if isinstance(p, int) or str(p).isidentifier()]
     field = ".".join(n for n in names if n not in ("str", "int", "list", "dict"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aprium.base.errors import ConfigError
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel, MoE, Routing
 from aprium.ops.logprob import token_logprobs
@@ -30,6 +31,17 @@ class LossConfig:
     mtp_depths: int = 2
     balance_weight: float = 1e-4
     bias_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.mtp_depths < 1:
+            raise ConfigError(
+                f"loss.mtp_depths is {self.mtp_depths}: it must be positive; to train no "
+                "prediction head set loss.mtp_weight to 0"
+            )
+        for name in ("mtp_weight", "balance_weight", "bias_rate"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loss.{name} is {getattr(self, name)}: it cannot be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

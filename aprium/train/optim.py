@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aprium.base.errors import ConfigError
+
 # Coefficients of the quintic iteration that drives singular values towards 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -39,6 +41,16 @@ class OptimConfig:
     warmup_steps: int = 50
     decay_fraction: float = 0.25
     final_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("decay_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)}: it must be in 0..1")
+        for name in ("lr", "muon_lr", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"optim.{name} is {value}: it must be positive")
 
 
 class Muon(torch.optim.Optimizer):

@@ -232,6 +232,7 @@ class Trainer:
         self._restore_optimisers(tensors)
         self.source.load_state_dict(state["source"])
         self.progress = _Progress(**state["progress"])
+        self._forget_metrics_after(self.progress.step)
         log.info("resumed from %s", found[-1])
 
     def _slots(self) -> list[tuple[str, torch.optim.Optimizer, torch.nn.Parameter]]:
@@ -257,6 +258,15 @@ class Trainer:
             by_name.setdefault(name, {})[leaf] = value
         for name, optimiser, p in self._slots():
             optimiser.state[p] = by_name.get(name, {})
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that a killed run took after its last checkpoint."""
+        file = self.output / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(file)
 
     def _write_metrics(self, kind: str, figures: dict[str, Any]) -> None:
         with (self.output / "metrics.jsonl").open("a") as file:

@@ -1,5 +1,7 @@
 """The flag table: vLLM's spellings taken, the rest refused by name."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +110,11 @@ def test_values_that_change_nothing() -> None:
     assert ignored == ["gpu-memory-utilization", "swap-space", "enforce-eager"]
     assert not set(taken) & set(harmless)
     assert (taken["host"], taken["port"], taken["dtype"]) == ("127.0.0.1", 8000, "auto")
+
+
+def test_the_documentation_names_every_flag() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    named = set(re.findall(r"`--([a-z0-9-]+[a-z0-9])`", text))
+    assert named >= {flag.name for flag in FLAGS} | set(REFUSED)
+    # Beyond the table only what the text says about single values.
+    assert named - {flag.name for flag in FLAGS} - set(REFUSED) <= {"no"}

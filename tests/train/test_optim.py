@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aprium.base.errors import ConfigError
 from aprium.model.model import HybridModel
 from aprium.model.presets import PRESETS
 from aprium.train.optim import (
@@ -69,3 +70,12 @@ def test_muon_treats_stacked_matrices_as_independent() -> None:
             parameter.grad = grad.clone()
         optimiser.step()
     torch.testing.assert_close(stacked.data, torch.stack([p.data for p in single]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"decay_fraction": 1.5}, "decay_fraction is 1.5"), ({"muon_lr": 0.0}, "muon_lr is 0.0")],
+)
+def test_bad_values_are_named(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**values)  # type: ignore[arg-type]

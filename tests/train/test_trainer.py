@@ -1,6 +1,7 @@
 """The loop: it learns, it resumes bit for bit after a kill, it refuses damaged checkpoints."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -25,12 +26,12 @@ TOY = PRESETS["toy"]
 class Copies:
     """Batches of documents whose second half repeats the first."""
 
-    def __init__(self, interrupt_at: int | None = None) -> None:
-        self.index, self.interrupt_at = 0, interrupt_at
+    def __init__(self, interrupt_at: int | None = None, number: int = signal.SIGTERM) -> None:
+        self.index, self.interrupt_at, self.number = 0, interrupt_at, number
 
     def next_batch(self) -> Sequence[Sample]:
         if self.index == self.interrupt_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
         rng = random.Random(self.index)
         self.index += 1
         samples = []
@@ -95,6 +96,29 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:
         straight.model.named_parameters(), resumed.model.named_parameters(), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+def test_run_killed_between_checkpoints_continues_the_same_curve(tmp_path: Path) -> None:
+    straight = make(tmp_path / "a", 10)
+    straight.run()
+    process = multiprocessing.get_context("spawn").Process(target=_killed, args=(tmp_path / "b",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    resumed = make(tmp_path / "b", 10)
+    assert resumed.run()
+    assert figures(resumed) == figures(straight)
+    assert _metrics(tmp_path / "b") == _metrics(tmp_path / "a")
+
+
+def _killed(output: Path) -> None:
+    torch.set_num_threads(1)
+    make(output, 10, Copies(interrupt_at=6, number=signal.SIGKILL)).run()
+
+
+def _metrics(output: Path) -> list[dict[str, Any]]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "tokens_per_s"} for x in lines]
 
 
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
