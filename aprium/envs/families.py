@@ -32,6 +32,7 @@ _PHRASES: dict[str, tuple[str, ...]] = {
     "largest": ("What is the largest of {}?", "Find the biggest number: {}."),
     "smallest": ("What is the smallest of {}?", "Find the smallest number: {}."),
     "sort": ("Sort these numbers: {}.", "Put in order: {}.", "Sort {} from small to large."),
+    "repeat": ("Repeat: {}", "Say this: {}", "Repeat these words: {}"),
     "words": ("Reverse the order of these words: {}.", "Write the words in reverse: {}."),
     "caesar": ("Shift each letter of {} by {}.", "Encode {} with a Caesar shift of {}."),
     "next": ("Which number comes after {}?", "What is the next number after {}?"),
@@ -192,6 +193,11 @@ def _sort(rng: random.Random, words: Sequence[str]) -> Task:
     return _task(rng, "sort", (_show(numbers),), _show(sorted(numbers)), "; ".join(steps))
 
 
+def _repeat(rng: random.Random, words: Sequence[str]) -> Task:
+    chosen = " ".join(rng.sample(list(words), rng.randint(1, 5)))
+    return _task(rng, "repeat", (chosen,), chosen)
+
+
 def _words(rng: random.Random, words: Sequence[str]) -> Task:
     chosen = rng.sample(list(words), rng.randint(3, 5))
     return _task(rng, "words", (" ".join(chosen),), " ".join(reversed(chosen)))
@@ -242,6 +248,7 @@ FAMILIES: dict[str, Family] = {
     "largest": _extreme("largest", max),
     "smallest": _extreme("smallest", min),
     "sort": _sort,
+    "repeat": _repeat,
     "words": _words,
     "caesar": _caesar,
     "next": _next,
