@@ -16,14 +16,22 @@ from collections import Counter
 from pathlib import Path
 
 from aprium import LLM, SamplingParams
+from aprium.base.config import load_toml
 from aprium.checkpoint.info import model_info
 from aprium.data.sources import read_jsonl
-from aprium.envs.families import FAMILIES, draw
+from aprium.envs.families import draw
 from aprium.envs.task import Task, verify
 from aprium.text.parse import parse
+from aprium.train.pretrain import PretrainConfig
 
 HERE = Path(__file__).parent
 GREEDY = SamplingParams(temperature=0, max_tokens=160)
+
+
+def trained_families() -> tuple[str, ...]:
+    """Return the task families of pico's recipe."""
+    config = load_toml(PretrainConfig, HERE / "pico.toml")
+    return next(source.families for source in config.data.sources if source.kind == "tasks")
 
 
 def held_out_items(family: str, words: list[str], count: int) -> list[Task]:
@@ -86,8 +94,8 @@ def main() -> None:
     args = parser.parse_args()
     words = (args.corpus / "words.txt").read_text().split()
     rows = []
-    with LLM(str(args.checkpoint)) as llm:
-        for family in FAMILIES:
+    with LLM(str(args.checkpoint), max_num_seqs=128, max_num_batched_tokens=1024) as llm:
+        for family in trained_families():
             tasks = held_out_items(family, words, args.items)
             row = {
                 "family": family,

@@ -34,7 +34,7 @@ FORTUNE_FILES = (
     "linux", "linuxcookie", "literature", "miscellaneous", "news", "people", "pets", "platitudes",
     "riddles", "science", "sports", "startrek", "tao", "wisdom", "work",
 )  # fmt: skip
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 512
 SPECIAL = (
     "<unk>", "<s>", "</s>", *(f"<SPECIAL_{i}>" for i in range(3, 10)),
     "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
@@ -121,7 +121,7 @@ def conversations(defined: list[tuple[str, str, int]]) -> Iterator[list[dict[str
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": row["answer"]},
             ]
-    by_use = sorted(defined, key=lambda item: -item[2])[:1500]
+    by_use = sorted(defined, key=lambda item: -item[2])[:400]
     for word, gloss, _ in by_use:
         for form in ("What does {} mean?", "Define {}.", "What is the meaning of {}?"):
             answer = f"{gloss[0].upper()}{gloss[1:]}."

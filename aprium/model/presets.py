@@ -69,7 +69,7 @@ PRESETS: dict[str, ModelConfig] = {
         routed_scaling_factor=5.0,
     ),
     "pico": ModelConfig(
-        vocab_size=2048,
+        vocab_size=512,
         hidden_size=192,
         layers=_layers("M-MEM*EM*E"),
         mtp_layers=_MTP,
