@@ -35,6 +35,8 @@ FORTUNE_FILES = (
     "riddles", "science", "sports", "startrek", "tao", "wisdom", "work",
 )  # fmt: skip
 VOCAB_SIZE = 512
+# There are few of these questions, and they are the first that people ask.
+FAQ_REPEATS = 10
 SPECIAL = (
     "<unk>", "<s>", "</s>", *(f"<SPECIAL_{i}>" for i in range(3, 10)),
     "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
@@ -116,7 +118,7 @@ def _prose(text: str) -> Iterator[str]:
 def conversations(defined: list[tuple[str, str, int]]) -> Iterator[list[dict[str, str]]]:
     """Yield small conversations: who pico is, greetings, and what common words mean."""
     for row in read_jsonl(HERE / "pico" / "faq.jsonl"):
-        for question in row["questions"]:
+        for question in row["questions"] * FAQ_REPEATS:
             yield [
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": row["answer"]},

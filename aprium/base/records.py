@@ -6,7 +6,7 @@ predicting `tokens[t]`, so index 0 has weight 0.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from aprium.base.errors import RequestError
@@ -62,9 +62,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check ranges."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) else () if value is None else value
+            if not isinstance(value, Iterable):
+                raise RequestError(f"{name} is {value!r}: it must be a list", param=name)
+            object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         for name, low, high in _RANGES:
             value = getattr(self, name)

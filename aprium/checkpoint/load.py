@@ -84,14 +84,14 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
 ) -> Checkpoint:
-    """Load the model that `source` names: a directory, "pico", or a hub id.
+    """Load the model that `source` names: a directory, "pico", "toy", or a hub id.
 
     `dtype` is that of activations (float32 by default); weights keep their stored dtype.
     `load_format` "dummy" draws random weights for a directory's `config.json` or a preset, also a
     quantised one such as "nano-nvfp4". Raises CheckpointError naming file and tensor.
     """
     compute_dtype = dtype or torch.float32
-    if load_format == "dummy":
+    if load_format == "dummy" or (str(source) == "toy" and not Path(source).is_dir()):
         return _load_dummy(source, compute_dtype)
     if load_format != "auto":
         raise CheckpointError(f"unknown load format {load_format!r}: use 'auto' or 'dummy'")
@@ -124,6 +124,9 @@ def read_plan(path: Path) -> Plan:
     stored = read_directory(path)
     naming = Naming.detect(stored)
     tensors = {naming.to_published(name): tensor for name, tensor in stored.items()}
+    if config.tie_embeddings and "lm_head.weight" in tensors:
+        # transformers ignores the flag for this family and saves a projection of its own.
+        config = replace(config, tie_embeddings=False)
     if config.num_mtp_layers and not any(name.startswith("mtp.") for name in tensors):
         logger.info("%s has no tensors of its prediction head: loading without it", path)
         config = config.without_mtp()

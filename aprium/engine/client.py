@@ -70,6 +70,7 @@ class LLM:
         """
         split = split_prompts(prompts)
         if not isinstance(params, Sequence):
+            _check_params(params)
             params = [params] * len(split)
         if len(params) != len(split):
             raise RequestError(
@@ -79,6 +80,7 @@ class LLM:
         options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
         jobs = _Jobs(self._owner, self.generation_config)
         for prompt, some in zip(split, params, strict=True):
+            _check_params(some)
             tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
             jobs.add(tokens, some, self.tokenizer)
         for _ in self._run(jobs):
@@ -99,6 +101,7 @@ class LLM:
         the `n` continuations apart. Closing the iterator stops the generation. Errors as for
         `generate`, raised by the call itself.
         """
+        _check_params(params)
         options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
         tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
         jobs = _Jobs(self._owner, self.generation_config)
@@ -220,6 +223,11 @@ def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
     names = ("temperature", "top_p", "top_k", "min_p")
     given = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
     return SamplingParams(**given)
+
+
+def _check_params(params: Any) -> None:
+    if params is not None and not isinstance(params, SamplingParams):
+        raise RequestError(f"params is {params!r}: give SamplingParams(...)", param="params")
 
 
 class _Jobs:

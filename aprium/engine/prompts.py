@@ -17,6 +17,10 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Tell one prompt from a list of them; always returns a list."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(
+            f"{prompts!r} is not a prompt: give a string, token ids, or messages", param="prompt"
+        )
     items: list[Any] = list(prompts)
     if items and all(isinstance(item, int | Message | Mapping) for item in items):
         return [items]

@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 
+from aprium.base.errors import DataError
 from aprium.base.records import ToolCall
 from aprium.envs.task import Task
 
@@ -232,6 +233,9 @@ def _weather(rng: random.Random, words: Sequence[str]) -> Task:
     )
 
 
+# One task in sixteen is held out, so this many draws miss a side only where it is empty.
+_MAX_DRAWS = 2000
+
 Family = Callable[[random.Random, Sequence[str]], Task]
 FAMILIES: dict[str, Family] = {
     "reverse": _reverse,
@@ -258,8 +262,16 @@ FAMILIES: dict[str, Family] = {
 
 
 def draw(family: str, rng: random.Random, words: Sequence[str], *, held_out: bool) -> Task:
-    """Draw tasks of `family` until one lies on the wanted side of the split."""
-    while True:
+    """Draw tasks of `family` until one lies on the wanted side of the split.
+
+    Raises DataError when the words are too few to give one.
+    """
+    for _ in range(_MAX_DRAWS):
         task = FAMILIES[family](rng, words)
         if task.held_out == held_out:
             return task
+    side = "held out" if held_out else "to train on"
+    raise DataError(
+        f"none of {_MAX_DRAWS} tasks of family {family!r} is one {side}: give more words than "
+        f"these {len(set(words))}"
+    )

@@ -19,6 +19,7 @@ from aprium.ops.matmul import ROW_TILE
 KEY_BLOCK = 256
 # Query tokens worked on together; bounds the memory of scores.
 _QUERY_TILE = 256
+_COLUMN_TILE = 16
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -69,9 +70,13 @@ def paged(
 
 
 def _gather(pages: Tensor, ids: Tensor, end: int, dtype: torch.dtype) -> Tensor:
-    """Return the first `end` positions as [blocks, K, KEY_BLOCK, P], zeros after them."""
+    """Return the first `end` positions as [blocks, K, KEY_BLOCK, P'], zeros after them.
+
+    P' is P filled up with zeros to a multiple of 16: matrix products with fewer columns at their
+    edge may sum in another order for other numbers of rows.
+    """
     flat = pages[ids].flatten(0, 1)[:end].to(dtype)
-    flat = F.pad(flat, (0, 0, 0, 0, 0, -end % KEY_BLOCK))
+    flat = F.pad(flat, (0, -flat.shape[2] % _COLUMN_TILE, 0, 0, 0, -end % KEY_BLOCK))
     return flat.unflatten(0, (-1, KEY_BLOCK)).transpose(1, 2).contiguous()
 
 
@@ -83,7 +88,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
     position = torch.arange(first, first + length, device=q.device)
     position = position.repeat_interleave(num_heads // num_kv)
     pad = -rows.shape[1] % ROW_TILE
-    rows = F.pad(rows, (0, 0, 0, pad))  # [K, L * H/K + pad, P]
+    # [K, L * H/K + pad, P']
+    rows = F.pad(rows, (0, keys.shape[3] - head_dim, 0, pad))
     position = F.pad(position, (0, pad)).unsqueeze(1)
     peak = rows.new_full((*rows.shape[:2], 1), -torch.inf)
     mass = torch.zeros_like(peak)
@@ -101,5 +107,5 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
         mass = mass * shrink + weights.sum(-1, keepdim=True)
         total = total * shrink + torch.bmm(weights, values[block])
         peak = new_peak
-    out = (total / mass)[:, : length * num_heads // num_kv]
+    out = (total / mass)[:, : length * num_heads // num_kv, :head_dim]
     return out.unflatten(1, (length, -1)).permute(1, 0, 2, 3).flatten(1, 2)

@@ -76,6 +76,8 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     config.output.mkdir(parents=True, exist_ok=True)
     resolved = json.dumps(to_dict(config), indent=2)
     (config.output / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    log.info("training %s parameters; everything is written to %s", f"{count:,}", config.output)
     trainer = Trainer(
         model,
         Loader(config.data, text, tokens_per_batch=config.tokens_per_step),

@@ -413,3 +413,21 @@ def test_loading_never_holds_a_second_copy(written, tmp_path, num_shards):
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     # The peak is the model, one tensor and the lump of pages not yet given back.
     assert 0.9 * size < int(done.stdout) < size + 24e6
+
+
+def test_a_stored_projection_wins_over_the_tie_flag(tmp_path: Path) -> None:
+    model = HybridModel(TOY, dtype=torch.float32)
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_checkpoint(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    loaded = load_checkpoint(tmp_path)
+    assert torch.equal(loaded.model.lm_head.weight, model.lm_head.weight)
+
+
+def test_toy_is_random_and_always_the_same() -> None:
+    one, other = load_checkpoint("toy").model, load_checkpoint("toy", load_format="dummy").model
+    for (name, first), (_, second) in zip(
+        one.named_parameters(), other.named_parameters(), strict=True
+    ):
+        assert torch.equal(first, second), name

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from aprium.base.errors import DataError
 from aprium.base.records import ToolCall
 from aprium.envs.families import FAMILIES, draw
 from aprium.envs.task import verify
@@ -68,3 +69,9 @@ def test_worked_steps_end_in_the_answer() -> None:
         assert int("".join([str(sums[-1]), *(str(s % 10) for s in sums[-2::-1])])) == a + b
         task = draw("multiply", rng, WORDS, held_out=False)
         assert task.reasoning.split("=")[-1] == task.answer
+
+
+def test_too_few_words_are_refused() -> None:
+    word = draw("spell", random.Random(0), WORDS, held_out=False).key
+    with pytest.raises(DataError, match="family 'spell' is one held out"):
+        draw("spell", random.Random(0), [word], held_out=True)

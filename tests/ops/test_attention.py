@@ -49,3 +49,21 @@ def test_packed() -> None:
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     expected = torch.cat([written_out(*part, 0) for part in parts])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv", "dim"), [(3, 3, 10), (4, 2, 12), (6, 2, 32), (5, 1, 7)])
+def test_bits_do_not_depend_on_chunks(heads: int, kv: int, dim: int) -> None:
+    torch.manual_seed(0)
+    length, page_size = 300, 16
+    q, k, v = (torch.randn(length, n, dim) for n in (heads, kv, kv))
+    ids = torch.randperm(19)
+    pages = [torch.zeros(19, page_size, kv, dim) for _ in range(2)]
+    for target, values in zip(pages, (k, v), strict=True):
+        attention.write_pages(target, values, ids, 0)
+    whole = attention.paged(q, *pages, [0], [length], [0], [ids])
+    for size in (1, 3, 8, 37, 255):
+        parts = [
+            attention.paged(part, *pages, [0], [len(part)], [size * i], [ids])
+            for i, part in enumerate(q.split(size))
+        ]
+        assert torch.equal(torch.cat(parts), whole)
