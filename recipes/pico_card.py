@@ -14,13 +14,18 @@ import math
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from aprium import LLM, SamplingParams
+import torch
+
+from aprium import LLM, Completion, SamplingParams
 from aprium.base.config import load_toml
 from aprium.checkpoint.info import model_info
+from aprium.checkpoint.load import load_checkpoint
 from aprium.data.sources import read_jsonl
 from aprium.envs.families import draw
 from aprium.envs.task import Task, verify
+from aprium.model.layout import Layout
 from aprium.text.parse import parse
 from aprium.train.pretrain import PretrainConfig
 
@@ -49,8 +54,8 @@ def held_out_items(family: str, words: list[str], count: int) -> list[Task]:
     return list(items.values())
 
 
-def accuracy(llm: LLM, tasks: list[Task], *, thinking: bool) -> float:
-    """Return the share of `tasks` that the model solves."""
+def answer(llm: LLM, tasks: list[Task], *, thinking: bool) -> tuple[float, list[Completion]]:
+    """Return the share of `tasks` that the model solves, and what it said."""
     options = {"enable_thinking": thinking}
     prompts = [[task.messages(thinking=False)[0]] for task in tasks]
     completions = llm.generate(prompts, GREEDY, tools=tasks[0].tools, chat_template_kwargs=options)
@@ -58,7 +63,24 @@ def accuracy(llm: LLM, tasks: list[Task], *, thinking: bool) -> float:
     for task, completion in zip(tasks, completions, strict=True):
         reply = parse(completion.text, thinking=thinking, tools=task.tools)
         solved += verify(task, reply.content or "", tuple(reply.tool_calls))
-    return solved / len(tasks)
+    return solved / len(tasks), completions
+
+
+def draft_agreement(checkpoint: Path, completions: list[Completion]) -> float:
+    """Return how often the prediction head's first draft is the token that was generated."""
+    model = load_checkpoint(checkpoint).model
+    agreed = total = 0
+    with torch.inference_mode():
+        for completion in completions:
+            tokens = torch.tensor((*completion.prompt_tokens, *completion.tokens))
+            hidden = model(tokens, Layout.packed([len(tokens)]))[:-2]
+            drafted = model.predict(hidden, tokens[1:-1], Layout.packed([len(hidden)]))
+            # Row t drafts token t + 2; the first of interest is the second generated one.
+            first = len(completion.prompt_tokens) - 1
+            drafts, said = model.logits(drafted[first:]).argmax(-1), tokens[first + 2 :]
+            agreed += int((drafts == said).sum())
+            total += len(said)
+    return agreed / total
 
 
 def constant_baseline(tasks: list[Task]) -> float:
@@ -93,23 +115,27 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200)
     args = parser.parse_args()
     words = (args.corpus / "words.txt").read_text().split()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    completions: list[Completion] = []
     with LLM(str(args.checkpoint), max_num_seqs=128, max_num_batched_tokens=1024) as llm:
         for family in trained_families():
             tasks = held_out_items(family, words, args.items)
+            worked, said = answer(llm, tasks, thinking=True)
+            completions += [c for c in said if len(c.tokens) > 2][:20]
             row = {
                 "family": family,
                 "example": tasks[0].question,
                 "items": len(tasks),
                 "constant": constant_baseline(tasks),
-                "thinking": accuracy(llm, tasks, thinking=True),
-                "direct": accuracy(llm, tasks, thinking=False),
+                "thinking": worked,
+                "direct": answer(llm, tasks, thinking=False)[0],
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
         text_bits = bits_per_byte(llm, args.corpus)
+    agreement = draft_agreement(args.checkpoint, completions)
     info = model_info(str(args.checkpoint))
-    result = {"text_bits_per_byte": text_bits, "families": rows}
+    result = {"text_bits_per_byte": text_bits, "draft_agreement": agreement, "families": rows}
     (args.checkpoint / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     card = (HERE / "pico" / "card.md").read_text()
     table = [
@@ -131,6 +157,7 @@ def main() -> None:
         "mean_thinking": f"{100 * mean['thinking']:.1f}",
         "mean_direct": f"{100 * mean['direct']:.1f}",
         "text_bits": f"{text_bits:.2f}",
+        "agreement": f"{100 * agreement:.0f}",
     }
     for name, value in values.items():
         card = card.replace("{{" + name + "}}", value)

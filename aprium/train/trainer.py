@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -223,7 +224,7 @@ class Trainer:
             weights = load_file(found[-1] / "model.safetensors")
             tensors = load_file(found[-1] / "optimiser.safetensors")
             state = json.loads((found[-1] / "state.json").read_text())
-        except Exception as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(
                 f"checkpoint {found[-1]} cannot be read ({error}): delete it to resume from the "
                 "one before"
