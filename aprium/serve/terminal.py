@@ -29,6 +29,7 @@ class Chat:
     system: str | None = None
     console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
     history: list[Message] = field(default_factory=list)
+    _reasoning: bool = False
 
     def ask(self, text: str) -> None:
         """Put a question, stream the answer to the console, and remember both.
@@ -42,6 +43,7 @@ class Chat:
         begin = time.perf_counter()
         last: Completion | None = None
         printed = ""
+        self._reasoning = False
         stream = self.llm.stream(
             [*system, *self.history],
             self.params,
@@ -74,6 +76,9 @@ class Chat:
     def _show(self, events: list[Event]) -> list[Event]:
         for event in events:
             style = "dim" if event.kind == "reasoning" else None
+            if self._reasoning and style is None:
+                self.console.print("\n")  # the answer stands apart from the reasoning
+            self._reasoning = style is not None
             self.console.print(event.text, end="", style=style, markup=False)
         return events
 
