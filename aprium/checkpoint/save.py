@@ -134,7 +134,7 @@ def _move(complete: Path, target: Path) -> None:
     if not target.exists():
         complete.rename(target)
         return
-    stale = {*target.glob("*.safetensors"), target / INDEX_NAME}
+    stale = {*target.glob("*.safetensors"), target / INDEX_NAME, target / QUANT_FILE}
     for file in sorted(complete.iterdir()):
         file.replace(target / file.name)
         stale.discard(target / file.name)

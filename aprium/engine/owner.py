@@ -94,14 +94,14 @@ class Owner:
             if self._closing:
                 return False
             orders, self._orders = self._orders, []
+            # All of them at once: should carrying one out fail, every caller is to be told.
+            self._sinks |= {order[0].id: order[1] for order in orders if isinstance(order, tuple)}
         for order in orders:
             if isinstance(order, str):
                 last = self.engine.abort(order)
                 self._deliver([last] if last is not None else [])
             else:
-                request, sink = order
-                self._sinks[request.id] = sink
-                self.engine.add(request)
+                self.engine.add(order[0])
         return True
 
     def _deliver(self, deltas: list[Delta]) -> None:

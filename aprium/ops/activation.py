@@ -2,7 +2,7 @@
 
 PyTorch's fused versions use another implementation for the last few elements of a tensor than for
 the rest, so a token's result would depend on the batch. Its exp, log1p and arithmetic do not
-(tests/ops/test_activation.py), and these are built from them.
+(tests/ops/test_row_invariance.py), and these are built from them.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 BLAS libraries choose another order of summation for a handful of rows than for many, so a token's
 result would depend on what it was batched with. Rows are therefore padded to a multiple of
-`ROW_TILE`, from where on the order is the same for every row (tests/ops/test_matmul.py).
+`ROW_TILE`, from where on the order is the same for every row (tests/ops/test_row_invariance.py).
 """
 
 import torch.nn.functional as F

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
+from aprium.base.errors import RequestError, TemplateError
 from aprium.base.records import Completion, Message, SamplingParams
 from aprium.engine.client import LLM
 from aprium.text.chat import starts_in_reasoning
@@ -27,7 +28,9 @@ class Chat:
     params: SamplingParams
     thinking: bool = True
     system: str | None = None
-    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+    console: Console = field(
+        default_factory=lambda: Console(highlight=False, soft_wrap=True, emoji=False)
+    )
     history: list[Message] = field(default_factory=list)
     _reasoning: bool = False
 
@@ -125,7 +128,11 @@ def interact(chat: Chat) -> None:
             if not chat.command(text):
                 return
         elif text:
-            chat.ask(text)
+            try:
+                chat.ask(text)
+            except (RequestError, TemplateError) as error:
+                chat.history.pop()  # the question that was refused
+                chat.console.print(f"{error}", style="yellow", markup=False)
 
 
 def _terminal_reader() -> Callable[[], str]:

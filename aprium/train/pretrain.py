@@ -31,6 +31,14 @@ from aprium.train.optim import OptimConfig
 from aprium.train.trainer import Trainer, TrainerConfig
 
 log = get_logger("train")
+# What an export takes from the tokenizer's directory, which may be a whole checkpoint.
+_TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +104,9 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
 def export(model: HybridModel, tokenizer: Path, directory: Path) -> Path:
     """Write `model` as BF16 in the public layout, with the files of directory `tokenizer`."""
     save_checkpoint(model, directory, dtype=torch.bfloat16)
-    for file in sorted(tokenizer.iterdir()):
-        if file.suffix in (".json", ".jinja"):
-            shutil.copyfile(file, directory / file.name)
+    for name in _TEXT_FILES:
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, directory / name)
     return directory
 
 

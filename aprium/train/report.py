@@ -60,14 +60,20 @@ class TrainingProgress:
             self._console.print(f"step {step}/{self._total}  {text}", highlight=False)
 
 
+def require_plotting() -> None:
+    """Raise ConfigError where the package that draws the loss curve is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("the loss curve needs matplotlib: pip install 'aprium[train]'") from error
+
+
 def plot_losses(
     train: Sequence[Mapping[str, Any]], heldout: Sequence[Mapping[str, Any]], file: Path
 ) -> None:
     """Draw training and held-out loss, in all and by domain, over tokens; write a PNG."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("the loss curve needs matplotlib: pip install 'aprium[train]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -28,7 +28,7 @@ from aprium.model.model import HybridModel
 from aprium.train.batch import collate
 from aprium.train.losses import LossConfig, balance_experts, compute_losses
 from aprium.train.optim import OptimConfig, build_optimisers, set_learning_rates
-from aprium.train.report import TrainingProgress, plot_losses
+from aprium.train.report import TrainingProgress, plot_losses, require_plotting
 
 log = get_logger("train")
 
@@ -110,6 +110,7 @@ class Trainer:
         """
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+        require_plotting()
         self.resume()
         handlers = {s: signal.signal(s, self._request_stop) for s in _stop_signals()}
         try:
@@ -156,6 +157,11 @@ class Trainer:
         losses.total.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.optim.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            raise CheckpointError(
+                f"the gradient at step {progress.step} is not finite: resume from the last "
+                "checkpoint with a lower learning rate"
+            )
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
