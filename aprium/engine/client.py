@@ -34,8 +34,8 @@ class LLM:
     """A model to call from Python.
 
     `model` is a directory, a hub id, the name of a preset, or a checkpoint loaded before; `options`
-    are the other fields of `EngineConfig`. Close it, or use it in a `with` statement, to give its
-    memory back at once. `tokenizer` is None for a model that comes without tokenizer files: prompts
+    are the other fields of `EngineConfig`. Close it, or use it in a `with` statement, to stop its
+    thread; its memory goes with the object. `tokenizer` is None for a model that comes without tokenizer files: prompts
     are then token ids.
     """
 

@@ -119,8 +119,8 @@ def _check_quantization(wanted: str | None, directory: Path) -> None:
     if wanted is None:
         return
     quant = read_plan(directory).quant
-    formats = set(quant.formats.values()) if quant is not None else set()
-    if quant is None or not _fits(wanted.replace("-", "_"), quant):
+    formats = set(quant.formats.values())
+    if not _fits(wanted.replace("-", "_"), quant):
         found = ", ".join(sorted(formats)) or "none"
         raise ConfigError(
             f"--quantization {wanted}: the weights in {directory} have {found}; leave the flag out"
@@ -132,9 +132,9 @@ def _fits(wanted: str, quant: QuantConfig) -> bool:
     if wanted == "fp8":
         return "fp8" in formats
     if wanted == "compressed_tensors":
-        return quant.layout == "compressed-tensors"
+        return bool(formats) and quant.layout == "compressed-tensors"
     if wanted in ("modelopt", "modelopt_mixed"):
-        return quant.layout == "modelopt"
+        return bool(formats) and quant.layout == "modelopt"
     return bool(formats & {"nvfp4", "w4a16_nvfp4"})
 
 
