@@ -35,8 +35,8 @@ class LLM:
 
     `model` is a directory, a hub id, the name of a preset, or a checkpoint loaded before; `options`
     are the other fields of `EngineConfig`. Close it, or use it in a `with` statement, to stop its
-    thread; its memory goes with the object. `tokenizer` is None for a model that comes without tokenizer files: prompts
-    are then token ids.
+    thread; its memory goes with the object. `tokenizer` is None for a model that comes without
+    tokenizer files: prompts are then token ids.
     """
 
     def __init__(self, model: str | Path | Checkpoint, **options: Any) -> None:
