@@ -5,7 +5,6 @@ Heavy packages are imported inside the commands, so that `--help` and `info` ans
 
 import dataclasses
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from aprium.base.errors import ApriumError, UnsupportedError
 from aprium.base.log import configure_logging
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def _with_dashes(name: str) -> str:
@@ -197,6 +195,7 @@ def pretrain(recipe: Path, settings: tuple[str, ...]) -> None:
 
 def _model_and_prompt(words: tuple[str, ...]) -> tuple[str, str | None]:
     """Tell model from prompt: two words are both, one is whichever it can be."""
+    from aprium.checkpoint.hub import HUB_ID
     from aprium.model.presets import PRESETS
 
     if len(words) > 2:
@@ -206,7 +205,7 @@ def _model_and_prompt(words: tuple[str, ...]) -> tuple[str, str | None]:
     if not words:
         return "pico", None
     (word,) = words
-    names_model = word in PRESETS or Path(word).is_dir() or _HUB_ID.fullmatch(word)
+    names_model = word in PRESETS or Path(word).is_dir() or HUB_ID.match(word)
     return (word, None) if names_model else ("pico", word)
 
 

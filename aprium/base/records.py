@@ -90,6 +90,8 @@ class SamplingParams:
             raise RequestError("stop_token_ids must be integers", param="stop_token_ids")
 
 
+# Fields that a checkpoint's `generation_config.json` may recommend values for.
+RECOMMENDED_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 0, math.inf),
     ("temperature", 0, 100),

@@ -13,7 +13,7 @@ from aprium.model.presets import PRESETS
 # The bundled model's files, part of the installed package.
 PICO_DIR = Path(__file__).parents[1] / "pico_checkpoint"
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
 def resolve(source: str | Path) -> Path:
@@ -37,7 +37,7 @@ def resolve(source: str | Path) -> Path:
         )
     if path.exists():
         raise CheckpointError(f"{name} is a file: give the directory that holds config.json")
-    if _HUB_ID.match(name):
+    if HUB_ID.match(name):
         return download(name)
     raise CheckpointError(
         f"no checkpoint {name!r}: it is neither a directory, nor 'pico', nor a hub id (owner/name)"

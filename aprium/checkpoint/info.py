@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aprium.base.errors import CheckpointError
-from aprium.checkpoint.names import BLOCK, ITEM_BYTES, TensorSpec, tensor_table
-from aprium.model.config import ModelConfig, QuantConfig
+from aprium.checkpoint.names import ITEM_BYTES, TensorSpec, tensor_table
+from aprium.model.config import NVFP4_BLOCK, ModelConfig, QuantConfig
 from aprium.model.presets import PRESETS
 from aprium.model.quant_presets import QUANT_PRESETS, quant_preset
 
@@ -191,7 +191,7 @@ def _describe(quant: QuantConfig) -> dict[str, Any] | None:
         "layout": quant.layout,
         "matrices": dict(Counter(quant.formats.values())),
         "kv_cache": quant.kv_cache,
-        "group_size": BLOCK if any("nvfp4" in f for f in quant.formats.values()) else None,
+        "group_size": NVFP4_BLOCK if any("nvfp4" in f for f in quant.formats.values()) else None,
     }
 
 

@@ -22,7 +22,6 @@ from aprium.base.log import get_logger
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.names import (
     NVFP4_FORMATS,
-    NVFP4_TENSORS,
     Naming,
     TensorSpec,
     matrices,
@@ -37,7 +36,7 @@ from aprium.checkpoint.safetensors import (
     StoredTensor,
     read_directory,
 )
-from aprium.model.config import ModelConfig, QuantConfig, read_hf_config
+from aprium.model.config import NVFP4_TENSORS, ModelConfig, QuantConfig, read_hf_config
 from aprium.model.model import HybridModel
 from aprium.model.presets import PRESETS
 from aprium.model.quant_presets import QUANT_PRESETS, quant_preset

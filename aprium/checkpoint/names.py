@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from aprium.model.config import ModelConfig, QuantConfig
+from aprium.model.config import NVFP4_BLOCK, NVFP4_TENSORS, ModelConfig, QuantConfig
 
-BLOCK = 16
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 NVFP4_FORMATS = ("nvfp4", "w4a16_nvfp4")
 _FLOATS = ("BF16", "F32", "F16", "F64")
@@ -200,7 +199,7 @@ class _Encoder:
         else:
             packed, scale_2, input_scale = NVFP4_TENSORS[self.quant.layout]
             yield packed, TensorSpec((rows, columns // 2), ("U8",))
-            yield "weight_scale", TensorSpec((rows, columns // BLOCK), ("F8_E4M3",))
+            yield "weight_scale", TensorSpec((rows, columns // NVFP4_BLOCK), ("F8_E4M3",))
             yield scale_2, _SCALAR
             if fmt == "nvfp4":
                 yield input_scale, _SCALAR
@@ -208,11 +207,6 @@ class _Encoder:
             yield "bias", TensorSpec((rows,), _FLOATS)
 
 
-# Layout -> names of the packed codes, the global weight scale and the global input scale.
-NVFP4_TENSORS = {
-    "modelopt": ("weight", "weight_scale_2", "input_scale"),
-    "compressed-tensors": ("weight_packed", "weight_global_scale", "input_global_scale"),
-}
 # A scalar may also be stored with shape [1].
 _SCALAR = TensorSpec((), ("F32",))
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aprium.base.errors import CheckpointError
-from aprium.checkpoint.names import BLOCK, NVFP4_FORMATS, matrices
-from aprium.model.config import ModelConfig, QuantConfig, read_hf_config
+from aprium.checkpoint.names import NVFP4_FORMATS, matrices
+from aprium.model.config import NVFP4_BLOCK, ModelConfig, QuantConfig, read_hf_config
 
 QUANT_FILE = "hf_quant_config.json"
 _ALGORITHMS = {"FP8": "fp8", "NVFP4": "nvfp4", "W4A16_NVFP4": "w4a16_nvfp4"}
@@ -92,8 +92,8 @@ def _format_of(where: str, entry: Mapping[str, Any], module: str | None) -> str:
             f"{', '.join(_ALGORITHMS)} and {_MIXED} of these"
         )
     fmt = _ALGORITHMS[algorithm]
-    size = entry.get("group_size") or BLOCK
-    if fmt in NVFP4_FORMATS and size != BLOCK:
+    size = entry.get("group_size") or NVFP4_BLOCK
+    if fmt in NVFP4_FORMATS and size != NVFP4_BLOCK:
         raise CheckpointError(f"{where}: {subject}group_size is {size}: NVFP4 has groups of 16")
     return fmt
 
@@ -140,7 +140,7 @@ def _read_groups(where: str, groups: Any, modules: list[str]) -> dict[str, str]:
 def _group_format(where: str, group: Mapping[str, Any]) -> str:
     weights, activations = group["weights"], group.get("input_activations")
     scheme = (weights.get("num_bits"), weights.get("type"))
-    if scheme == (4, "float") and weights.get("group_size", BLOCK) == BLOCK:
+    if scheme == (4, "float") and weights.get("group_size", NVFP4_BLOCK) == NVFP4_BLOCK:
         return "nvfp4" if activations else "w4a16_nvfp4"
     if scheme == (8, "float"):
         strategy = weights.get("strategy") or "tensor"
@@ -231,7 +231,7 @@ def to_hf(quant: QuantConfig, config: ModelConfig) -> tuple[dict[str, Any] | Non
 
 def _entry(fmt: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"quant_algo": _ALGORITHM_OF[fmt]}
-    return entry | ({"group_size": BLOCK} if fmt in NVFP4_FORMATS else {})
+    return entry | ({"group_size": NVFP4_BLOCK} if fmt in NVFP4_FORMATS else {})
 
 
 def _compressed_json(quant: QuantConfig, config: ModelConfig) -> dict[str, Any]:
@@ -261,6 +261,6 @@ def _group(fmt: str) -> dict[str, Any]:
     if fmt == "fp8":
         scheme = common | {"num_bits": 8, "strategy": "tensor", "dynamic": False}
         return {"weights": scheme, "input_activations": scheme}
-    scheme = common | {"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK}
+    scheme = common | {"num_bits": 4, "strategy": "tensor_group", "group_size": NVFP4_BLOCK}
     activations = scheme | {"dynamic": "local"} if fmt == "nvfp4" else None
     return {"weights": scheme | {"dynamic": False}, "input_activations": activations}

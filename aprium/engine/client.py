@@ -17,7 +17,7 @@ from typing import Any
 
 from aprium.base.config import from_dict
 from aprium.base.errors import EngineError, RequestError
-from aprium.base.records import Completion, Delta, Request, SamplingParams
+from aprium.base.records import RECOMMENDED_SAMPLING, Completion, Delta, Request, SamplingParams
 from aprium.checkpoint.load import Checkpoint
 from aprium.engine.assemble import Assembler
 from aprium.engine.engine import Engine, EngineConfig, EngineStats, load
@@ -220,7 +220,7 @@ class AsyncEngine:
 
 def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
     """Return the sampling that a checkpoint's `generation_config.json` recommends."""
-    names = ("temperature", "top_p", "top_k", "min_p")
+    names = RECOMMENDED_SAMPLING
     given = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
     return SamplingParams(**given)
 

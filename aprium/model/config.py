@@ -18,6 +18,12 @@ from typing import Any
 from aprium.base.errors import CheckpointError, ConfigError
 
 PATTERN_KINDS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
+NVFP4_BLOCK = 16
+# Layout -> names of the packed codes, the global weight scale and the global input scale.
+NVFP4_TENSORS = {
+    "modelopt": ("weight", "weight_scale_2", "input_scale"),
+    "compressed-tensors": ("weight_packed", "weight_global_scale", "input_global_scale"),
+}
 KIND_LETTERS = {kind: letter for letter, kind in PATTERN_KINDS.items()}
 _LIST_KINDS = {
     "mamba": "mamba",

@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aprium.base.errors import CheckpointError
-from aprium.model.config import QuantConfig
+from aprium.model.config import NVFP4_BLOCK, NVFP4_TENSORS, QuantConfig
 from aprium.ops import fp8, nvfp4
 from aprium.ops.matmul import linear
-
-NVFP4_BLOCK = 16
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -49,7 +47,7 @@ class Matrix(nn.Module):
                 raise CheckpointError(f"{name}: input width {columns} is not a multiple of 16")
             packed, scales = (*head, rows, columns // 2), (*head, rows, columns // NVFP4_BLOCK)
             scalar = (*head, 1) if layout == "compressed-tensors" else head
-            names = NVFP4_NAMES[layout]
+            names = NVFP4_TENSORS[layout]
             self.register_parameter(names[0], _frozen(packed, torch.uint8))
             self.weight_scale = _frozen(scales, torch.float8_e4m3fn)
             self.register_parameter(names[1], _frozen(scalar, torch.float32))
@@ -69,18 +67,11 @@ class Matrix(nn.Module):
             return pick("weight").to(dtype)
         if self.format == "fp8":
             return fp8.dequantize(pick("weight"), pick("weight_scale")).to(dtype)
-        packed, scale_2, _ = NVFP4_NAMES[self.layout]
+        packed, scale_2, _ = NVFP4_TENSORS[self.layout]
         decode = nvfp4.dequantize
         if self.layout == "compressed-tensors":
             decode = nvfp4.dequantize_divided
         return decode(pick(packed), pick("weight_scale"), pick(scale_2)).to(dtype)
-
-
-# Layout -> tensor names of NVFP4 codes, global weight scale and global input scale.
-NVFP4_NAMES = {
-    "modelopt": ("weight", "weight_scale_2", "input_scale"),
-    "compressed-tensors": ("weight_packed", "weight_global_scale", "input_global_scale"),
-}
 
 
 class Linear(Matrix):

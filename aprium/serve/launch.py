@@ -15,7 +15,7 @@ import uvicorn
 from aprium.base.config import from_dict
 from aprium.base.errors import ApriumError, CheckpointError, ConfigError
 from aprium.base.log import get_logger
-from aprium.base.records import SamplingParams
+from aprium.base.records import RECOMMENDED_SAMPLING, SamplingParams
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.load import read_plan
 from aprium.engine.client import AsyncEngine
@@ -35,7 +35,6 @@ _ENGINE_FIELDS = {
     "enable-chunked-prefill": "enable_chunked_prefill",
     "seed": "seed",
 }
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 logger = get_logger("serve")
 
 
@@ -106,7 +105,7 @@ def sampling_defaults(directory: Path, flags: Mapping[str, Any]) -> dict[str, An
             )
         config = read_json(path)
     config = {**config, **(flags["override-generation-config"] or {})}
-    found = {name: config[name] for name in _SAMPLING if config.get(name) is not None}
+    found = {name: config[name] for name in RECOMMENDED_SAMPLING if config.get(name) is not None}
     try:
         SamplingParams(**found)
     except ApriumError as error:

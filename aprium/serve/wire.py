@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
 
 from aprium.base.errors import RequestError
-from aprium.base.records import Message, SamplingParams, ToolCall
+from aprium.base.records import RECOMMENDED_SAMPLING, Message, SamplingParams, ToolCall
 
 _NEUTRAL = (None, False, 0, [], {}, "")
 _LATER = "it is not supported yet, leave it out"
@@ -129,8 +129,7 @@ class _Generation(_Body):
         logprobs: int | None,
         prompt_logprobs: int | None = None,
     ) -> SamplingParams:
-        names = ("temperature", "top_p", "top_k", "min_p")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in RECOMMENDED_SAMPLING}
         given = {k: defaults.get(k) if v is None else v for k, v in given.items()}
         stop = self.stop or ()
         return SamplingParams(
