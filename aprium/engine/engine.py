@@ -21,6 +21,7 @@ from aprium.engine.memory import available_bytes, plan_cache
 from aprium.engine.request import LiveSequence
 from aprium.engine.runner import Runner, SegmentResult
 from aprium.engine.scheduler import Scheduler
+from aprium.model.native import ACTIVATION_DTYPES, bind
 from aprium.model.state import HybridState
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,10 +36,13 @@ class EngineConfig:
     exact in any batch; weights stay as stored. `max_model_len` None is the model's own, or what
     memory holds. `block_size` is tokens a KV page; `kv_cache_bytes` None fits the machine. `seed`
     None draws one: requests without a seed of their own then differ from run to run.
+    `activation_dtype` is what native kernels round the inputs of matrix products to: "auto" is
+    int8 for a checkpoint with NVFP4 weights, bfloat16 for one with FP8 weights, else float32.
     """
 
     model: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    activation_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
@@ -58,6 +62,9 @@ class EngineConfig:
             raise ConfigError(f"kv_cache_bytes is {self.kv_cache_bytes}: it must be at least 1")
         if self.dtype not in ("auto", *_DTYPES):
             raise ConfigError(f"dtype is {self.dtype!r}: use 'auto', 'float32' or 'bfloat16'")
+        if self.activation_dtype not in ACTIVATION_DTYPES:
+            known = ", ".join(ACTIVATION_DTYPES)
+            raise ConfigError(f"activation_dtype is {self.activation_dtype!r}: use one of {known}")
         if self.load_format not in ("auto", "dummy"):
             raise ConfigError(f"load_format is {self.load_format!r}: use 'auto' or 'dummy'")
 
@@ -133,6 +140,7 @@ class Engine:
             page_size=self.plan.page_size,
             num_slots=self.plan.num_slots,
         )
+        bind(model, config.activation_dtype)
         self.runner = Runner(model, state)
         self.scheduler = Scheduler(
             cache,

@@ -60,9 +60,9 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
     return values * page_size * dtype.itemsize
 
 
-def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def slot_bytes(config: ModelConfig) -> int:
     """Return the bytes of one sequence's recurrent state over all Mamba layers."""
-    tail = (config.conv_kernel - 1) * config.conv_dim * dtype.itemsize
+    tail = (config.conv_kernel - 1) * config.conv_dim * torch.float32.itemsize
     state = config.mamba_inner * config.ssm_state_size * torch.float32.itemsize
     return config.layers.count("mamba") * (tail + state)
 
@@ -82,7 +82,7 @@ def plan_cache(
     An explicit `kv_cache_bytes` or `max_model_len` is honoured or refused; what is left open is
     fitted. Raises ConfigError when a sequence of full length cannot be held.
     """
-    per_page, per_slot = page_bytes(config, page_size, dtype), slot_bytes(config, dtype)
+    per_page, per_slot = page_bytes(config, page_size, dtype), slot_bytes(config)
     per_page = max(per_page, 1)  # a model without attention: pages cost nothing
     longest = config.max_position_embeddings if max_model_len is None else max_model_len
     if longest > config.max_position_embeddings:

@@ -2,36 +2,69 @@
 
 Tokens of all sequences lie end to end in one dimension T; a `Layout` says where each segment
 begins, how many tokens its sequence already has in the state, and where that state lives. Python
-integers and tensors of the same facts sit side by side: loops on the host use the integers,
-vector operations the tensors.
+integers and tensors of the same facts sit side by side: loops on the host and native kernels use
+the integers, vector operations the tensors, which are made when first asked for.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """Segments of a packed step; see `packed` and `build` for how to make one.
 
     lengths, starts, context: per sequence, new tokens, offset of the first in T, tokens already
-    in the state. segment_ids, positions: int64 [T], each token's segment and its index in it.
-    slots: int64 [S] recurrent slot, or None without a state. pages: per sequence, int64 tensor of
-    KV page ids in order of position, or None.
+    in the state. slot_ids: per sequence its recurrent slot, page_ids its KV pages in order of
+    position; None without a state.
     """
 
     lengths: tuple[int, ...]
     starts: tuple[int, ...]
     context: tuple[int, ...]
-    segment_ids: Tensor
-    positions: Tensor
-    has_context: Tensor
-    slots: Tensor | None = None
-    pages: tuple[Tensor, ...] | None = None
+    slot_ids: tuple[int, ...] | None = None
+    page_ids: tuple[tuple[int, ...], ...] | None = None
     page_size: int = 0
+    device: torch.device | str = "cpu"
+
+    @functools.cached_property
+    def segment_ids(self) -> Tensor:
+        """Each token's segment, int64 [T]."""
+        sizes = torch.tensor(self.lengths, dtype=torch.int64)
+        return torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(self.device)
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """Each token's index in its segment, int64 [T]."""
+        starts = torch.tensor(self.starts, dtype=torch.int64, device=self.device)
+        return torch.arange(self.num_tokens, device=self.device) - starts[self.segment_ids]
+
+    @functools.cached_property
+    def has_context(self) -> Tensor:
+        """Whether each sequence has tokens in the state, bool [S]."""
+        return torch.tensor([n > 0 for n in self.context], device=self.device)
+
+    @functools.cached_property
+    def slots(self) -> Tensor | None:
+        """Recurrent slot of each sequence, int64 [S]."""
+        if self.slot_ids is None:
+            return None
+        return torch.tensor(self.slot_ids, dtype=torch.int64, device=self.device)
+
+    @functools.cached_property
+    def pages(self) -> tuple[Tensor, ...] | None:
+        """KV pages of each sequence, int64."""
+        if self.page_ids is None:
+            return None
+        return tuple(
+            torch.tensor(ids, dtype=torch.int64, device=self.device) for ids in self.page_ids
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +88,7 @@ class Layout:
     @staticmethod
     def packed(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Layout":
         """Lay out whole documents of the given lengths, with no state before or after them."""
-        return _layout(lengths, (0,) * len(lengths), device)
+        return _layout(lengths, (0,) * len(lengths), device=device)
 
     @staticmethod
     def build(
@@ -78,34 +111,14 @@ class Layout:
         return _layout(
             lengths,
             context,
-            device,
-            slots=torch.tensor(list(slots), dtype=torch.int64, device=device),
-            pages=tuple(torch.tensor(list(p), dtype=torch.int64, device=device) for p in pages),
+            slot_ids=tuple(slots),
+            page_ids=tuple(tuple(p) for p in pages),
             page_size=page_size,
+            device=device,
         )
 
 
-def _layout(
-    lengths: Sequence[int],
-    context: Sequence[int],
-    device: torch.device | str,
-    slots: Tensor | None = None,
-    pages: tuple[Tensor, ...] | None = None,
-    page_size: int = 0,
-) -> Layout:
+def _layout(lengths: Sequence[int], context: Sequence[int], **rest: Any) -> Layout:
     assert lengths and all(n > 0 for n in lengths), "a segment must bring at least one token"
-    sizes = torch.tensor(list(lengths), dtype=torch.int64)
-    starts = torch.cumsum(sizes, 0) - sizes
-    segment_ids = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
-    positions = torch.arange(int(sizes.sum())) - starts[segment_ids]
-    return Layout(
-        lengths=tuple(lengths),
-        starts=tuple(starts.tolist()),
-        context=tuple(context),
-        segment_ids=segment_ids.to(device),
-        positions=positions.to(device),
-        has_context=torch.tensor([n > 0 for n in context], device=device),
-        slots=slots,
-        pages=pages,
-        page_size=page_size,
-    )
+    starts = itertools.accumulate(lengths[:-1], initial=0)
+    return Layout(lengths=tuple(lengths), starts=tuple(starts), context=tuple(context), **rest)

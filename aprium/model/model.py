@@ -8,7 +8,7 @@ G groups, E experts, A active experts, L latent, V vocabulary.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from aprium.model.config import ModelConfig, QuantConfig
 from aprium.model.layout import Layout
 from aprium.model.linear import Experts, Linear
+from aprium.model.native import NativeModel, Run
 from aprium.model.state import HybridState
 from aprium.ops import attention, conv, moe, ssd
 from aprium.ops.activation import sigmoid, silu
@@ -59,12 +60,16 @@ class Build(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a mixer needs of the step: the layout, the state, and this layer's place in it."""
+    """What a mixer needs of the step: the layout, the state, and this layer's place in it.
+
+    `step` is the layout as native kernels take it, where they run.
+    """
 
     layout: Layout
     state: HybridState | None
     index: int
     routing: list[Routing] | None
+    step: Any = None
 
 
 class Norm(nn.Module):
@@ -273,9 +278,14 @@ class Block(nn.Module):
         self.kind = kind
         self.norm = Norm(build, build.config.hidden_size)
         self.mixer = _mixer(build, kind, f"{name}.mixer")
+        self.native: Run | None = None  # the same layer in native/, where it is bound
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Map the residual stream `x` [T, D] to [T, D]."""
+        """Map the residual stream `x` [T, D] to [T, D]; with a native step, in place."""
+        if context.step is not None:
+            assert self.native is not None and context.state is not None
+            self.native(x, context.step, context.state, context.index)
+            return x
         return x + self.mixer(self.norm(x), context)
 
 
@@ -351,6 +361,7 @@ class HybridModel(nn.Module):
         self.config = config
         self.quant = quant or QuantConfig()
         self.compute_dtype = compute_dtype
+        self.native: NativeModel | None = None  # see aprium.model.native.bind
         build = Build(config, self.quant, dtype)
         self.backbone = Backbone(build)
         if not config.tie_embeddings:
@@ -370,15 +381,27 @@ class HybridModel(nn.Module):
         With a `state`, each segment continues its sequence and the state is advanced in place.
         `routing` collects one record per MoE layer.
         """
-        x = self._embed(tokens)
+        step = self._native_step(layout, state, routing)
+        x = self._embed(tokens, step)
         indices = {"mamba": 0, "attention": 0}
         for block in self.backbone.layers:
             assert isinstance(block, Block)
             index = indices.get(block.kind, 0)
-            x = block(x, Context(layout, state, index, routing))
+            x = block(x, Context(layout, state, index, routing, step))
             if block.kind in indices:
                 indices[block.kind] += 1
+        if step is not None:
+            assert self.native is not None
+            return self.native.norm(x)
         return self.backbone.norm_f(x)
+
+    def _native_step(
+        self, layout: Layout, state: HybridState | None, routing: list[Routing] | None
+    ) -> Any:
+        """Return the step for native kernels, or None where PyTorch runs: in training."""
+        if self.native is None or state is None or routing is not None or torch.is_grad_enabled():
+            return None
+        return self.native.step(layout)
 
     @property
     def head_weight(self) -> Tensor:
@@ -390,6 +413,8 @@ class HybridModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states [R, D] to float32 logits [R, V]."""
+        if self.native is not None and not torch.is_grad_enabled():
+            return self.native.logits(hidden)
         return linear(hidden, self.head_weight).float()
 
     def predict(
@@ -412,11 +437,12 @@ class HybridModel(nn.Module):
         layers = list(self.mtp.layers)[head * size : (head + 1) * size]
         first, last = layers[0], layers[-1]
         assert isinstance(first, PredictionLayer) and isinstance(last, PredictionLayer)
-        embedded = first.enorm(self._embed(next_tokens))
+        step = self._native_step(layout, state, routing)
+        embedded = first.enorm(self._embed(next_tokens, step))
         x = first.eh_proj(torch.cat((embedded, first.hnorm(hidden)), -1))
         index = config.layers.count("attention")
         for block in layers:
-            x = block(x, Context(layout, state, index, routing))
+            x = block(x, Context(layout, state, index, routing, step))
             index += isinstance(block, Block) and block.kind == "attention"
         return last.final_layernorm(x)
 
@@ -440,8 +466,10 @@ class HybridModel(nn.Module):
             drafted.append(tokens)
         return torch.stack(drafted, 1)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.backbone.embeddings.weight).to(self.compute_dtype)
+    def _embed(self, tokens: Tensor, step: Any = None) -> Tensor:
+        """Look `tokens` up; native kernels keep the residual stream in float32."""
+        dtype = self.compute_dtype if step is None else torch.float32
+        return F.embedding(tokens, self.backbone.embeddings.weight).to(dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

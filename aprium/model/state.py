@@ -17,7 +17,7 @@ from aprium.model.config import ModelConfig
 class HybridState:
     """Buffers that `HybridModel.forward` reads and writes in place.
 
-    conv: per Mamba layer [slots, conv_kernel - 1, conv_dim], oldest input first.
+    conv: per Mamba layer float32 [slots, conv_kernel - 1, conv_dim], oldest input first.
     ssm: per Mamba layer float32 [slots, H, P, N].
     keys, values: per attention layer (backbone first, then the MTP head's) [pages, Q, K, P].
     """
@@ -38,7 +38,7 @@ class HybridState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "HybridState":
-        """Allocate buffers, unwritten; `dtype` is that of convolution tails, keys and values."""
+        """Allocate buffers, unwritten; `dtype` is that of keys and values."""
         num_mamba = config.layers.count("mamba")
         conv_shape = (num_slots, config.conv_kernel - 1, config.conv_dim)
         ssm_shape = (
@@ -53,7 +53,7 @@ class HybridState:
             return tuple(torch.empty(shape, dtype=kind, device=device) for _ in range(count))
 
         return HybridState(
-            conv=buffers(num_mamba, conv_shape, dtype),
+            conv=buffers(num_mamba, conv_shape, torch.float32),
             ssm=buffers(num_mamba, ssm_shape, torch.float32),
             keys=buffers(config.num_attention_caches, kv_shape, dtype),
             values=buffers(config.num_attention_caches, kv_shape, dtype),

@@ -1,0 +1,99 @@
+// What the kernels of every instruction set have in common: data and the table of functions.
+// Plain pointers and sizes; kernels neither allocate nor throw.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace aprium {
+
+enum class Format { f32, bf16, f16, fp8, nvfp4, nvfp4_transposed };
+// What the inputs of a matrix product are rounded to. int8 is for NVFP4 weights only.
+enum class Precision { f32, bf16, int8 };
+
+constexpr int64_t kBlock = 16;    // columns that share an NVFP4 scale
+constexpr int64_t kStep = 256;    // columns of one step of the int8 kernel: a block a lane
+constexpr int64_t kGroup = 128;   // rows of one group of the transposed layout
+constexpr int64_t kKeyBlock = 256;  // keys of one step of the online softmax
+
+// A weight [rows, cols] as its file holds it; values are multiplied by `scale`.
+// nvfp4: codes [rows, cols / 2] and E4M3 scales [rows, cols / 16]. nvfp4_transposed: codes
+// [cols, rows / 2], in groups of 128 rows whose order `unpack_quads` undoes, scales [cols / 16, rows].
+struct Matrix {
+    Format format;
+    const uint8_t* data;
+    const uint8_t* scales;
+    float scale;
+    int64_t rows, cols;
+};
+
+// One packed input row of a matrix product and where its results go. `x` holds
+// f32: floats, zeros up to a multiple of 16. bf16: the same up to a multiple of 32.
+// int8: for each step of 256 columns, bytes [4, 64], vector v holding columns 16 j + {0 2 4 6},
+// {1 3 5 7}, {8 10 12 14}, {9 11 13 15} of block j in lane j; then for each block int32 -12 times
+// its sum; then its power of two above `scale`, shifted into the exponent field of a float.
+struct Token {
+    const void* x;
+    float scale;
+    float* out;
+};
+
+struct MambaTask {
+    const float* projected;  // [tokens, width]: gate, x, B, C, dt
+    int64_t tokens, width;
+    int64_t group, num_groups, heads, head_dim, state_size, kernel;  // heads: of all groups
+    const float *conv_weight, *conv_bias;  // [kernel, channels], [channels]
+    const float *a, *d, *dt_bias, *norm_weight;
+    float dt_min, dt_max, eps;
+    float* tail;   // [kernel - 1, channels] of this sequence, read and written
+    float* state;  // [heads, head_dim, state_size]
+    bool fresh;    // no context: what tail and state hold is not read
+    float* out;    // [tokens, inner]
+};
+
+struct AttentionTask {
+    const float* q;  // [tokens, heads, head_dim], first token of the segment
+    int64_t tokens, heads, kv_heads, head_dim;
+    int64_t first_row, num_rows;  // rows (token, head of the group) of this task
+    int64_t kv_head, context;
+    const void *keys, *values;  // [pages, page_size, kv_heads, head_dim]
+    bool half;                  // pages hold bf16
+    const int64_t* pages;
+    int64_t page_size;
+    float* out;  // as q
+};
+
+struct Kernels {
+    const char* name;
+    int64_t (*packed_bytes)(Precision, int64_t cols);
+    void (*pack)(Precision, const float* x, int64_t cols, uint8_t* buffer, Token&);
+    int64_t (*matmul_scratch)(const Matrix&, Precision, int64_t num_rows, int64_t num_tokens);
+    void (*matmul)(const Matrix&, Precision, int64_t row_begin, int64_t row_end, const Token*, int64_t num_tokens,
+                   uint8_t* scratch);
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, float* out);
+    void (*relu_squared)(float* x, int64_t size);
+    void (*add)(float* x, const float* y, int64_t size);                       // x += y
+    void (*weighted_sum)(float* out, const float* const* parts, const float* weights, int64_t num, int64_t size);
+    void (*sigmoid)(float* x, int64_t size);
+    int64_t (*mamba_scratch)(const MambaTask&);
+    void (*mamba)(const MambaTask&, uint8_t* scratch);
+    int64_t (*attention_scratch)(const AttentionTask&);
+    void (*attention)(const AttentionTask&, uint8_t* scratch);
+    void (*log_softmax_at)(const float* logits, int64_t size, int64_t* argmax, float* peak, float* log_mass);
+    uint64_t (*read)(const uint8_t* data, int64_t size);  // touch every byte: measures bandwidth
+    double (*peak)(Precision, int64_t rounds);            // operations done, multiply and add counted
+};
+
+namespace scalar { extern const Kernels kernels; }
+#ifdef __x86_64__
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#endif
+
+inline uint16_t round_bf16(float x) {  // to nearest even; NaN stays NaN
+    uint32_t y;
+    memcpy(&y, &x, 4);
+    if ((y & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(y >> 16 | 0x40);
+    return (uint16_t)((y + 0x7FFF + (y >> 16 & 1)) >> 16);
+}
+
+}  // namespace aprium

@@ -1,0 +1,655 @@
+// Matrix products. Included inside the namespace of an instruction set, after its vectors.
+//
+// A result has one order of summation, whatever it is computed beside. float inputs: lane l sums
+// columns l, l + 16, ... in order; then the lanes fold in halves. int8 inputs: the products of a
+// block of 16 are summed as integers, exactly; lane j sums blocks j, j + 16, ... in order, each
+// scaled; then the lanes fold in halves. The transposed layout walks the same sums with rows in
+// its lanes, so skipping a column whose input is zero changes no bit.
+
+constexpr int64_t kInputStep = kStep + 16 * 4 + 16 * 4;  // bytes of a step of a packed int8 row
+constexpr int64_t kPanelRows = 16;
+constexpr int kAbreast = 2;  // tokens whose products are computed side by side
+constexpr int64_t kDirectTokens = 4;  // up to so many tokens weights are unpacked where they are used
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t steps_of(int64_t cols) { return ceil_div(cols, kStep); }
+
+inline int64_t packed_bytes(Precision precision, int64_t cols) {
+    if (precision == Precision::int8) return steps_of(cols) * kInputStep;
+    return precision == Precision::bf16 ? ceil_div(cols, 32) * 64 : ceil_div(cols, 16) * 64;
+}
+
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+
+// ---- inputs ----
+
+// Powers of two below this are taken for zero, and blocks this far below the largest share a scale.
+constexpr int kSmallest = -100, kSpan = 100;
+
+inline int binary_exponent(float x) {
+    int32_t b;
+    memcpy(&b, &x, 4);
+    return (b >> 23 & 255) - 127;
+}
+inline float power_of_two(int e) {
+    int32_t b = (e + 127) << 23;
+    float x;
+    memcpy(&x, &b, 4);
+    return x;
+}
+
+// What a block's correction and exponent are, in a packed int8 row.
+INLINE int32_t* correction_of(const void* x, int64_t block) {
+    return (int32_t*)((uint8_t*)x + block / 16 * kInputStep + kStep) + block % 16;
+}
+INLINE int32_t* exponent_of(const void* x, int64_t block) { return correction_of(x, block) + 16; }
+
+// Quantise one row to int8 with a power-of-two scale for every block of 16.
+inline void pack_int8(const float* x, int64_t cols, uint8_t* buffer, Token& token) {
+    int64_t blocks = ceil_div(cols, kBlock);
+    f32x16 poison = splat(0);
+    int low = INT32_MAX, high = kSmallest;
+    for (int64_t b = 0; b < blocks; b++) {
+        f32x16 v = load_partial(x + b * kBlock, cols - b * kBlock);
+        poison = fma(v, splat(0), poison);
+        int e = binary_exponent(reduce_max(abs(v)));
+        *exponent_of(buffer, b) = e;
+        if (e >= kSmallest) low = e < low ? e : low, high = e > high ? e : high;
+    }
+    if (low == INT32_MAX) low = kSmallest;
+    if (low < high - kSpan) low = high - kSpan;
+    bool finite = reduce_add(poison) == 0;
+    token.x = buffer, token.scale = finite ? power_of_two(low - 6) : NAN;
+    for (int64_t b = 0; b < steps_of(cols) * 16; b++) {
+        i32x16 q = splat_int(0);
+        int sum = 0, e = b < blocks ? *exponent_of(buffer, b) : kSmallest - 1;
+        if (finite && e >= kSmallest) {
+            if (e < low) e = low;
+            f32x16 scaled = mul(load_partial(x + b * kBlock, cols - b * kBlock), splat(power_of_two(6 - e)));
+            f32x16 rounded = max(min(round(scaled), splat(127)), splat(-127));
+            q = to_int(rounded), sum = (int)reduce_add(rounded);
+        } else {
+            e = low;
+        }
+        store_block(q, buffer + b / 16 * kInputStep + b % 16 * 4);
+        *correction_of(buffer, b) = -12 * sum, *exponent_of(buffer, b) = (e - low) << 23;
+    }
+}
+
+inline void pack(Precision precision, const float* x, int64_t cols, uint8_t* buffer, Token& token) {
+    if (precision == Precision::int8) return pack_int8(x, cols, buffer, token);
+    token.x = buffer, token.scale = 1;
+    if (precision == Precision::f32) {
+        for (int64_t k = 0; k < cols; k += 16) store((float*)buffer + k, load_partial(x + k, cols - k));
+        return;
+    }
+    for (int64_t k = 0; k < cols; k += 32)
+        store_bf16((uint16_t*)buffer + k, load_partial(x + k, cols - k),
+                   cols - k > 16 ? load_partial(x + k + 16, cols - k - 16) : splat(0));
+}
+
+// ---- NVFP4 times int8, rows as stored ----
+
+// One row of a matrix, and how far a step goes along it.
+struct Row {
+    const uint8_t *codes, *scales;
+};
+inline Row row_of(const Matrix& w, int64_t row) {
+    return {w.data + row * (w.cols >> 1), w.scales + row * (w.cols >> 4)};
+}
+
+// Unpack a step of `left` columns: four vectors of codes; returns the scales of its 16 blocks.
+template <bool Whole>
+INLINE f32x16 unpack_step(Row row, int64_t left, u8x64 out[4]) {
+    if constexpr (Whole) {
+        unpack_codes(load_bytes(row.codes), load_bytes(row.codes + 64), out);
+        return scales16(row.scales);
+    }
+    int64_t bytes = left >> 1;
+    unpack_codes(load_bytes_partial(row.codes, bytes), load_bytes_partial(row.codes + 64, bytes - 64), out);
+    return scales16_partial(row.scales, left >> 4);
+}
+
+// Add a step of R rows times T packed tokens, from the `first`, to their sums. Independent products
+// lie side by side, since a chain of dependent ones waits for each.
+template <int T, int R, int M>
+INLINE void add_step(f32x16 (&sum)[R][M], int first, const u8x64 (&w)[R][4], const f32x16 (&scales)[R],
+                     const uint8_t* const (&x)[M]) {
+    i32x16 blocks[R][T];
+    UNROLL for (int t = 0; t < T; t++) {
+        i32x16 start = keep(load_int((const int32_t*)(x[first + t] + kStep)));
+        UNROLL for (int r = 0; r < R; r++) blocks[r][t] = start;
+    }
+    UNROLL for (int v = 0; v < 4; v++)
+        UNROLL for (int t = 0; t < T; t++) {
+            u8x64 q = keep(load_bytes(x[first + t] + 64 * v));
+            UNROLL for (int r = 0; r < R; r++) blocks[r][t] = dot(blocks[r][t], w[r][v], q);
+        }
+    UNROLL for (int t = 0; t < T; t++) {
+        i32x16 exponents = keep(load_int((const int32_t*)(x[first + t] + kStep) + 16));
+        UNROLL for (int r = 0; r < R; r++) {
+            f32x16 value = from_bits(add(bits(to_float(blocks[r][t])), exponents));
+            sum[r][first + t] = fma(value, scales[r], sum[r][first + t]);
+        }
+    }
+}
+template <int R, int M>
+INLINE void add_steps(f32x16 (&sum)[R][M], const u8x64 (&w)[R][4], const f32x16 (&scales)[R],
+                      const uint8_t* (&x)[M]) {
+    UNROLL for (int m = 0; m + kAbreast <= M; m += kAbreast) add_step<kAbreast>(sum, m, w, scales, x);
+    constexpr int rest = M % kAbreast;
+    if constexpr (rest > 0) add_step<rest>(sum, M - rest, w, scales, x);
+    UNROLL for (int m = 0; m < M; m++) x[m] += kInputStep;
+}
+
+template <int R, int M>
+INLINE void store_sums(const f32x16 (&sum)[R][M], float* sums, int64_t place) {
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int m = 0; m < M; m++) store(sums + (m * kPanelRows + place + r) * 16, sum[r][m]);
+}
+template <int R, int M>
+INLINE void clear_sums(f32x16 (&sum)[R][M]) {
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int m = 0; m < M; m++) sum[r][m] = splat(0);
+}
+
+template <bool Whole, int M>
+INLINE void direct_step(Row& row, int64_t left, const uint8_t* (&x)[M], f32x16 (&sum)[1][M]) {
+    u8x64 u[1][4];
+    f32x16 scales[1] = {unpack_step<Whole>(row, left, u[0])};
+    add_steps(sum, u, scales, x);
+    row.codes += kStep / 2, row.scales += kStep / kBlock;
+}
+
+// Sums of a row and M tokens, weights unpacked on the way; lanes to sums[m][place][16]. One row at a
+// time: memory is read fastest in one stream.
+template <int M>
+inline void dot_direct(const Matrix& w, int64_t number, const Token* tokens, float* sums, int64_t place) {
+    f32x16 sum[1][M];
+    clear_sums(sum);
+    Row row = row_of(w, number);
+    const uint8_t* x[M];
+    UNROLL for (int m = 0; m < M; m++) x[m] = (const uint8_t*)tokens[m].x;
+    int64_t whole = w.cols / kStep, left = w.cols % kStep;
+    for (int64_t s = 0; s < whole; s++) direct_step<true>(row, 0, x, sum);
+    if (left) direct_step<false>(row, left, x, sum);
+    store_sums(sum, sums, place);
+}
+
+// The same for two rows of a panel of unpacked rows, codes [16, steps, 256] and scales
+// [16, steps * 16]: adds steps [from, to) to `sums`.
+template <int M>
+inline void dot_panel(const uint8_t* codes, const float* scales, int64_t steps, int64_t from, int64_t to,
+                      const Token* tokens, float* sums, int64_t place) {
+    f32x16 sum[2][M];
+    const uint8_t* x[M];
+    UNROLL for (int m = 0; m < M; m++) {
+        x[m] = (const uint8_t*)tokens[m].x + from * kInputStep;
+        UNROLL for (int r = 0; r < 2; r++)
+            sum[r][m] = from ? load(sums + (m * kPanelRows + place + r) * 16) : splat(0);
+    }
+    codes += (place * steps + from) * kStep, scales += (place * steps + from) * 16;
+    for (int64_t s = from; s < to; s++, codes += kStep, scales += 16) {
+        u8x64 u[2][4];
+        f32x16 scale[2];
+        UNROLL for (int r = 0; r < 2; r++) {
+            UNROLL for (int v = 0; v < 4; v++) u[r][v] = keep(load_bytes(codes + r * steps * kStep + 64 * v));
+            scale[r] = keep(load(scales + r * steps * 16));
+        }
+        add_steps(sum, u, scale, x);
+    }
+    store_sums(sum, sums, place);
+}
+
+// Fold the lanes of 16 rows and write the results of M tokens.
+inline void finish_rows(const Matrix& w, const Token* tokens, int64_t m, const float* sums, int64_t row,
+                        int64_t num) {
+    for (int64_t i = 0; i < m; i++) {
+        f32x16 total = mul(reduce_rows(sums + i * kPanelRows * 16), splat(tokens[i].scale * w.scale));
+        store_partial(tokens[i].out + row, total, num);
+    }
+}
+
+template <int M>
+inline void int8_direct(const Matrix& w, int64_t begin, int64_t end, const Token* tokens, float* sums) {
+    for (int64_t row = begin; row < end; row += kPanelRows) {
+        int64_t num = end - row < kPanelRows ? end - row : kPanelRows;
+        for (int64_t i = 0; i < num; i++) dot_direct<M>(w, row + i, tokens, sums, i);
+        finish_rows(w, tokens, M, sums, row, num);
+    }
+}
+
+constexpr int kTile = 4;         // tokens whose sums are in registers together
+constexpr int64_t kTokenGroup = 8;  // tokens that share a pass over the panel
+constexpr int64_t kPanelSteps = 16;   // steps of the panel that stay in the nearest cache meanwhile
+
+template <int M>
+inline void int8_tile(const uint8_t* codes, const float* scales, int64_t steps, int64_t from, int64_t to,
+                      const Token* tokens, float* sums) {
+    for (int64_t i = 0; i < kPanelRows; i += 2) dot_panel<M>(codes, scales, steps, from, to, tokens, sums, i);
+}
+
+inline void int8_group(const Matrix& w, const uint8_t* codes, const float* scales, const Token* tokens, int64_t num,
+                       float* sums) {
+    int64_t steps = steps_of(w.cols);
+    for (int64_t from = 0; from < steps; from += kPanelSteps) {
+        int64_t to = from + kPanelSteps < steps ? from + kPanelSteps : steps;
+        for (int64_t t = 0; t < num; t += kTile) {
+            float* at = sums + t * kPanelRows * 16;
+            switch (num - t < kTile ? num - t : kTile) {
+                case 1: int8_tile<1>(codes, scales, steps, from, to, tokens + t, at); break;
+                case 2: int8_tile<2>(codes, scales, steps, from, to, tokens + t, at); break;
+                case 3: int8_tile<3>(codes, scales, steps, from, to, tokens + t, at); break;
+                default: int8_tile<kTile>(codes, scales, steps, from, to, tokens + t, at); break;
+            }
+        }
+    }
+}
+
+inline void int8_panels(const Matrix& w, int64_t begin, int64_t end, const Token* tokens, int64_t num_tokens,
+                        float* sums, uint8_t* scratch) {
+    int64_t steps = steps_of(w.cols);
+    uint8_t* codes = scratch;
+    float* scales = (float*)(scratch + kPanelRows * steps * kStep);
+    for (int64_t row = begin; row < end; row += kPanelRows) {
+        int64_t num = end - row < kPanelRows ? end - row : kPanelRows;
+        for (int64_t r = 0; r < kPanelRows; r++)
+            for (int64_t s = 0; s < steps; s++) {
+                u8x64 u[4];
+                Row from = row_of(w, row + (r < num ? r : num - 1));
+                from.codes += s * (kStep / 2), from.scales += s * 16;
+                int64_t left = w.cols - s * kStep;
+                f32x16 scale = left >= kStep ? unpack_step<true>(from, 0, u) : unpack_step<false>(from, left, u);
+                for (int v = 0; v < 4; v++) store_bytes(codes + (r * steps + s) * kStep + 64 * v, u[v]);
+                store(scales + (r * steps + s) * 16, scale);
+            }
+        for (int64_t t = 0; t < num_tokens; t += kTokenGroup) {
+            int64_t group = num_tokens - t < kTokenGroup ? num_tokens - t : kTokenGroup;
+            int8_group(w, codes, scales, tokens + t, group, sums);
+            finish_rows(w, tokens + t, group, sums, row, num);
+        }
+    }
+}
+
+// ---- NVFP4 times int8, transposed ----
+
+// Order in which lanes are walked, so that sums fold in halves with a stack of five.
+constexpr int kFoldOrder[16] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+
+// Column i of a block lies in byte kColumn of the dwords of its lane: columns by byte.
+constexpr int kByteColumn[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+
+struct Folder {  // a stack of partial sums [5][size]; the last is the one being summed
+    float* stack;
+    int64_t size;
+    int depth = 0;
+    float* top() { return stack + depth * size; }
+    void clear() {
+        for (int64_t n = 0; n < size; n += 16) store(top() + n, splat(0));
+    }
+    void push(int position) {  // fold as often as `position` ends in ones
+        for (depth++; position & 1; position >>= 1, depth--) {
+            float *a = stack + (depth - 2) * size, *b = stack + (depth - 1) * size;
+            for (int64_t n = 0; n < size; n += 16) store(a + n, add(load(a + n), load(b + n)));
+        }
+    }
+};
+
+// M tokens; columns that are zero in all of them are skipped. Rows [begin, end) in groups of 128.
+template <int M>
+inline void int8_sparse(const Matrix& w, int64_t begin, int64_t end, const Token* tokens, uint8_t* scratch) {
+    int64_t size = end - begin, stride = w.rows / 2, blocks = w.cols / kBlock;
+    Folder folders[M];
+    for (int m = 0; m < M; m++) folders[m] = {(float*)scratch + m * 6 * size, size};
+    for (int position = 0; position < 16; position++) {
+        int lane = kFoldOrder[position];
+        for (int m = 0; m < M; m++) folders[m].clear();
+        for (int64_t b = lane; b < blocks; b += 16) {
+            const uint8_t* rows[16];
+            uint8_t quads[M][16] = {};
+            int used = 0;
+            const uint8_t* base = w.data + b * kBlock * stride + begin / 2;
+            for (int i = 0; i < 16; i++) {
+                int64_t at = b / 16 * kInputStep + i / 4 * 64 + lane * 4 + i % 4;
+                uint8_t any = 0, q[M];
+                for (int m = 0; m < M; m++) any |= q[m] = ((const uint8_t*)tokens[m].x)[at];
+                if (!any) continue;
+                rows[used] = base + kByteColumn[i] * stride;
+                for (int m = 0; m < M; m++) quads[m][used] = q[m];
+                used++;
+            }
+            if (!used) continue;
+            for (; used % 4; used++) rows[used] = rows[0];  // beside inputs of zero
+            const uint8_t* scales = w.scales + b * w.rows + begin;
+            for (int64_t g = 0; g < size; g += kGroup) {
+                i32x16 sum[M][8];
+                UNROLL for (int m = 0; m < M; m++)
+                    UNROLL for (int i = 0; i < 8; i++) sum[m][i] = splat_int(*correction_of(tokens[m].x, b));
+                for (int i = 0; i < used; i += 4) {
+                    const uint8_t* four[4];
+                    for (int r = 0; r < 4; r++) four[r] = rows[i + r] + g / 2;
+                    u8x64 u[8];
+                    unpack_quads(four, u);
+                    UNROLL for (int m = 0; m < M; m++) {
+                        u8x64 q = splat_quad(quads[m] + i);
+                        UNROLL for (int n = 0; n < 8; n++) sum[m][n] = dot(sum[m][n], u[n], q);
+                    }
+                }
+                UNROLL for (int n = 0; n < 8; n++) {
+                    f32x16 scale = scales16(scales + g + 16 * n);
+                    UNROLL for (int m = 0; m < M; m++) {
+                        float* at = folders[m].top() + g + 16 * n;
+                        i32x16 e = splat_int(*exponent_of(tokens[m].x, b));
+                        store(at, fma(from_bits(add(bits(to_float(sum[m][n])), e)), scale, load(at)));
+                    }
+                }
+            }
+        }
+        for (int m = 0; m < M; m++) folders[m].push(position);
+    }
+    for (int m = 0; m < M; m++)
+        for (int64_t n = 0; n < size; n += 16)
+            store(tokens[m].out + begin + n, mul(load(folders[m].stack + n), splat(tokens[m].scale * w.scale)));
+}
+
+// 16 rows in the lanes, M tokens, from a panel: codes [blocks, 4, 64], scales [blocks, 16], blocks in
+// the order of walking.
+template <int M>
+inline void dot_columns(const uint8_t* codes, const float* scales, int64_t blocks, const Token* tokens,
+                        float scale, int64_t row) {
+    f32x16 stack[5][M];
+    int depth = 0;
+    int64_t at = 0;
+    for (int position = 0; position < 16; position++) {
+        int lane = kFoldOrder[position];
+        f32x16 sum[M];
+        UNROLL for (int m = 0; m < M; m++) sum[m] = splat(0);
+        for (int64_t b = lane; b < blocks; b += 16, at++) {
+            u8x64 u[4];
+            UNROLL for (int v = 0; v < 4; v++) u[v] = load_bytes(codes + at * kStep + 64 * v);
+            f32x16 s = load(scales + at * 16);
+            UNROLL for (int m = 0; m < M; m++) {
+                const uint8_t* q = (const uint8_t*)tokens[m].x + b / 16 * kInputStep + lane * 4;
+                i32x16 i = splat_int(*correction_of(tokens[m].x, b));
+                UNROLL for (int v = 0; v < 4; v++) i = dot(i, u[v], splat_quad(q + 64 * v));
+                sum[m] = fma(from_bits(add(bits(to_float(i)), splat_int(*exponent_of(tokens[m].x, b)))), s, sum[m]);
+            }
+        }
+        for (int m = 0; m < M; m++) stack[depth][m] = sum[m];
+        depth++;
+        for (int p = position; p & 1; p >>= 1, depth--)
+            for (int m = 0; m < M; m++) stack[depth - 2][m] = add(stack[depth - 2][m], stack[depth - 1][m]);
+    }
+    for (int m = 0; m < M; m++)
+        store(tokens[m].out + row, mul(stack[0][m], splat(tokens[m].scale * scale)));
+}
+
+inline void int8_columns(const Matrix& w, int64_t begin, int64_t end, const Token* tokens, int64_t num_tokens,
+                         uint8_t* scratch) {
+    int64_t stride = w.rows / 2, blocks = w.cols / kBlock;
+    // Panels of one group of 128 rows: codes [8, blocks, 4, 64], scales [8, blocks, 16].
+    uint8_t* codes = scratch;
+    float* scales = (float*)(scratch + kGroup * w.cols);
+    for (int64_t g = begin; g < end; g += kGroup) {
+        int64_t at = 0;
+        for (int position = 0; position < 16; position++)
+            for (int64_t b = kFoldOrder[position]; b < blocks; b += 16, at++) {
+                const uint8_t* base = w.data + b * kBlock * stride + g / 2;
+                for (int v = 0; v < 4; v++) {
+                    const uint8_t* four[4];
+                    for (int r = 0; r < 4; r++) four[r] = base + kByteColumn[4 * v + r] * stride;
+                    u8x64 u[8];
+                    unpack_quads(four, u);
+                    for (int n = 0; n < 8; n++) store_bytes(codes + ((n * blocks + at) * 4 + v) * 64, u[n]);
+                }
+                for (int n = 0; n < 8; n++)
+                    store(scales + (n * blocks + at) * 16, scales16(w.scales + b * w.rows + g + 16 * n));
+            }
+        for (int64_t t = 0; t < num_tokens;) {
+            int64_t left = num_tokens - t, m = left >= 8 ? 8 : left >= 4 ? 4 : 1;
+            for (int n = 0; n < 8; n++) {
+                const uint8_t* c = codes + n * blocks * kStep;
+                const float* s = scales + n * blocks * 16;
+                if (m == 8) dot_columns<8>(c, s, blocks, tokens + t, w.scale, g + 16 * n);
+                else if (m == 4) dot_columns<4>(c, s, blocks, tokens + t, w.scale, g + 16 * n);
+                else dot_columns<1>(c, s, blocks, tokens + t, w.scale, g + 16 * n);
+            }
+            t += m;
+        }
+    }
+}
+
+// ---- float and bfloat16 inputs, any format ----
+
+inline int64_t row_bytes(const Matrix& w) {
+    switch (w.format) {
+        case Format::f32: return w.cols * 4;
+        case Format::bf16: case Format::f16: return w.cols * 2;
+        case Format::fp8: return w.cols;
+        default: return w.cols / 2;
+    }
+}
+
+// Columns [k, k + 16) of a row, without the matrix's scale.
+template <Format F>
+inline f32x16 decode16(const uint8_t* row, const uint8_t* scales, int64_t k) {
+    if constexpr (F == Format::f32) return load((const float*)row + k);
+    if constexpr (F == Format::bf16) return from_bf16((const uint16_t*)row + k);
+    if constexpr (F == Format::f16) return from_f16((const uint16_t*)row + k);
+    if constexpr (F == Format::fp8) return from_fp8(row + k);
+    if constexpr (F == Format::nvfp4) return mul(from_codes(row + k / 2), splat(fp8_value(scales[k / kBlock])));
+}
+
+// As decode16 for the last columns of a row, with zeros after them.
+template <Format F>
+inline f32x16 decode_last(const uint8_t* row, const uint8_t* scales, int64_t k, int64_t cols) {
+    if constexpr (F == Format::nvfp4) return decode16<F>(row, scales, k);
+    constexpr int64_t item = F == Format::f32 ? 4 : F == Format::fp8 ? 1 : 2;
+    uint8_t padded[64] = {};
+    memcpy(padded, row + k * item, (cols - k) * item);
+    return decode16<F>(padded, nullptr, 0);
+}
+
+template <Format F>
+inline f32x16 decode(const uint8_t* row, const uint8_t* scales, int64_t k, int64_t cols) {
+    if (k + 16 <= cols) return decode16<F>(row, scales, k);
+    return k < cols ? decode_last<F>(row, scales, k, cols) : splat(0);
+}
+
+// Where the vectors of a row come from: the matrix itself, or a panel of decoded rows.
+template <Format F>
+struct Stored {
+    const Matrix& w;
+    int64_t bytes = row_bytes(w);
+    struct Row {
+        const uint8_t *data, *scales;
+    };
+    Row row(int64_t number) const { return {w.data + number * bytes, w.scales + number * (w.cols >> 4)}; }
+};
+template <Format F>
+struct F32Direct : Stored<F> {
+    using typename Stored<F>::Row;
+    static constexpr int64_t width = 16;
+    INLINE f32x16 get(Row row, int64_t k) const {
+        if constexpr (F != Format::f32) prefetch(row.data + 4 * this->bytes + (k * this->bytes / this->w.cols));
+        return decode16<F>(row.data, row.scales, k);
+    }
+    f32x16 last(Row row, int64_t k) const { return decode_last<F>(row.data, row.scales, k, this->w.cols); }
+    static INLINE f32x16 multiply(f32x16 a, const void* x, int64_t k, f32x16 sum) {
+        return fma(a, load((const float*)x + k), sum);
+    }
+};
+template <Format F>
+struct Bf16Direct : Stored<F> {
+    using typename Stored<F>::Row;
+    static constexpr int64_t width = 32;
+    INLINE bf16x32 get(Row row, int64_t k) const {
+        if constexpr (F == Format::bf16) return load_bf16((const uint16_t*)row.data + k);
+        uint16_t two[32];
+        store_bf16(two, decode16<F>(row.data, row.scales, k), decode16<F>(row.data, row.scales, k + 16));
+        return load_bf16(two);
+    }
+    bf16x32 last(Row row, int64_t k) const {
+        uint16_t two[32];
+        store_bf16(two, decode<F>(row.data, row.scales, k, this->w.cols),
+                   decode<F>(row.data, row.scales, k + 16, this->w.cols));
+        return load_bf16(two);
+    }
+    static INLINE f32x16 multiply(bf16x32 a, const void* x, int64_t k, f32x16 sum) {
+        return dot_bf16(sum, a, load_bf16((const uint16_t*)x + k));
+    }
+};
+struct F32Panel {  // rows of `stride` floats, zeros after the last column
+    const float* panel;
+    int64_t stride;
+    using Row = const float*;
+    static constexpr int64_t width = 16;
+    Row row(int64_t number) const { return panel + number * stride; }
+    static INLINE f32x16 get(Row row, int64_t k) { return load(row + k); }
+    static INLINE f32x16 last(Row row, int64_t k) { return load(row + k); }
+    static INLINE f32x16 multiply(f32x16 a, const void* x, int64_t k, f32x16 sum) {
+        return fma(a, load((const float*)x + k), sum);
+    }
+};
+struct Bf16Panel {
+    const uint16_t* panel;
+    int64_t stride;
+    using Row = const uint16_t*;
+    static constexpr int64_t width = 32;
+    Row row(int64_t number) const { return panel + number * stride; }
+    static INLINE bf16x32 get(Row row, int64_t k) { return load_bf16(row + k); }
+    static INLINE bf16x32 last(Row row, int64_t k) { return load_bf16(row + k); }
+    static INLINE f32x16 multiply(bf16x32 a, const void* x, int64_t k, f32x16 sum) {
+        return dot_bf16(sum, a, load_bf16((const uint16_t*)x + k));
+    }
+};
+
+template <int R, int M, class Source>
+inline void dot_float(const Source& source, const int64_t* numbers, int64_t cols, const Token* tokens,
+                      float* sums, int64_t place) {
+    f32x16 sum[R][M];
+    clear_sums(sum);
+    typename Source::Row rows[R];
+    const void* x[M];
+    UNROLL for (int r = 0; r < R; r++) rows[r] = source.row(numbers[r]);
+    UNROLL for (int m = 0; m < M; m++) x[m] = tokens[m].x;
+    int64_t whole = cols / Source::width * Source::width;
+    for (int64_t k = 0; k < whole; k += Source::width)
+        UNROLL for (int r = 0; r < R; r++) {
+            auto a = source.get(rows[r], k);
+            UNROLL for (int m = 0; m < M; m++) sum[r][m] = Source::multiply(a, x[m], k, sum[r][m]);
+        }
+    if (whole < cols)
+        UNROLL for (int r = 0; r < R; r++) {
+            auto a = source.last(rows[r], whole);
+            UNROLL for (int m = 0; m < M; m++) sum[r][m] = Source::multiply(a, x[m], whole, sum[r][m]);
+        }
+    store_sums(sum, sums, place);
+}
+
+// 16 rows by up to four tokens; `offset` is the first row's number in the source.
+template <class Source>
+inline void float_tile(const Source& source, const Matrix& w, int64_t offset, int64_t row, int64_t num,
+                       const Token* tokens, int64_t m, float* sums) {
+    constexpr int kAlone = Source::width == 32 ? 1 : 4;  // rows at once for one token
+    for (int64_t i = 0; i < num; i += m == 1 ? kAlone : 4) {
+        int64_t rows[4];
+        for (int r = 0; r < 4; r++) rows[r] = offset + (i + r < num ? i + r : num - 1);
+        switch (m) {
+            case 1: dot_float<kAlone, 1>(source, rows, w.cols, tokens, sums, i); break;
+            case 2: dot_float<4, 2>(source, rows, w.cols, tokens, sums, i); break;
+            case 3: dot_float<4, 3>(source, rows, w.cols, tokens, sums, i); break;
+            default: dot_float<4, 4>(source, rows, w.cols, tokens, sums, i); break;
+        }
+    }
+    finish_rows(w, tokens, m, sums, row, num);
+}
+
+template <Format F, bool Half>
+inline void float_matmul(const Matrix& w, int64_t begin, int64_t end, const Token* tokens, int64_t num_tokens,
+                         float* sums, uint8_t* scratch) {
+    int64_t stride = ceil_div(w.cols, 32) * 32;
+    for (int64_t row = begin; row < end; row += kPanelRows) {
+        int64_t num = end - row < kPanelRows ? end - row : kPanelRows;
+        bool direct = num_tokens <= kDirectTokens || (!Half && F == Format::f32);
+        if (!direct)
+            for (int64_t r = 0; r < num; r++)
+                for (int64_t k = 0; k < stride; k += 32) {
+                    auto from = Stored<F>{w}.row(row + r);
+                    f32x16 low = decode<F>(from.data, from.scales, k, w.cols);
+                    f32x16 high = decode<F>(from.data, from.scales, k + 16, w.cols);
+                    if constexpr (Half) {
+                        store_bf16((uint16_t*)scratch + r * stride + k, low, high);
+                    } else {
+                        store((float*)scratch + r * stride + k, low);
+                        store((float*)scratch + r * stride + k + 16, high);
+                    }
+                }
+        for (int64_t t = 0; t < num_tokens; t += 4) {
+            int64_t m = num_tokens - t < 4 ? num_tokens - t : 4;
+            if constexpr (Half) {
+                if (direct) float_tile(Bf16Direct<F>{{w}}, w, row, row, num, tokens + t, m, sums);
+                else float_tile(Bf16Panel{(const uint16_t*)scratch, stride}, w, 0, row, num, tokens + t, m, sums);
+            } else {
+                if (direct) float_tile(F32Direct<F>{{w}}, w, row, row, num, tokens + t, m, sums);
+                else float_tile(F32Panel{(const float*)scratch, stride}, w, 0, row, num, tokens + t, m, sums);
+            }
+        }
+    }
+}
+
+// ---- the entry ----
+
+constexpr int64_t kSumBytes = kPanelRows * 16 * 4 * kTokenGroup;  // lanes of 16 rows for a group of tokens
+
+inline int64_t matmul_scratch(const Matrix& w, Precision precision, int64_t num_rows, int64_t num_tokens) {
+    int64_t panel;
+    if (w.format == Format::nvfp4_transposed)
+        panel = num_tokens <= kDirectTokens ? 2 * 6 * num_rows * 4 : kGroup * w.cols + kGroup * (w.cols / kBlock) * 4;
+    else if (precision == Precision::int8)
+        panel = kPanelRows * steps_of(w.cols) * (kStep + 64);
+    else
+        panel = kPanelRows * ceil_div(w.cols, 32) * 32 * 4;
+    return kSumBytes + panel;
+}
+
+inline void matmul_int8(const Matrix& w, int64_t begin, int64_t end, const Token* tokens, int64_t num_tokens,
+                        float* sums, uint8_t* scratch) {
+    if (w.format == Format::nvfp4_transposed) {
+        if (num_tokens > kDirectTokens) return int8_columns(w, begin, end, tokens, num_tokens, scratch);
+        int64_t t = 0;
+        for (; t + 2 <= num_tokens; t += 2) int8_sparse<2>(w, begin, end, tokens + t, scratch);
+        if (t < num_tokens) int8_sparse<1>(w, begin, end, tokens + t, scratch);
+        return;
+    }
+    switch (num_tokens) {
+        case 0: return;
+        case 1: return int8_direct<1>(w, begin, end, tokens, sums);
+        case 2: return int8_direct<2>(w, begin, end, tokens, sums);
+        case 3: return int8_direct<3>(w, begin, end, tokens, sums);
+        case 4: return int8_direct<4>(w, begin, end, tokens, sums);
+        default: return int8_panels(w, begin, end, tokens, num_tokens, sums, scratch);
+    }
+}
+
+inline void matmul(const Matrix& w, Precision precision, int64_t begin, int64_t end, const Token* tokens,
+                   int64_t num_tokens, uint8_t* scratch) {
+    float* sums = (float*)scratch;
+    scratch += kSumBytes;
+    if (precision == Precision::int8) return matmul_int8(w, begin, end, tokens, num_tokens, sums, scratch);
+    bool half = precision == Precision::bf16;
+    switch (w.format) {
+        case Format::f32: return float_matmul<Format::f32, false>(w, begin, end, tokens, num_tokens, sums, scratch);
+        case Format::f16: return float_matmul<Format::f16, false>(w, begin, end, tokens, num_tokens, sums, scratch);
+        case Format::bf16:
+            return half ? float_matmul<Format::bf16, true>(w, begin, end, tokens, num_tokens, sums, scratch)
+                        : float_matmul<Format::bf16, false>(w, begin, end, tokens, num_tokens, sums, scratch);
+        case Format::fp8:
+            return half ? float_matmul<Format::fp8, true>(w, begin, end, tokens, num_tokens, sums, scratch)
+                        : float_matmul<Format::fp8, false>(w, begin, end, tokens, num_tokens, sums, scratch);
+        case Format::nvfp4:
+            return half ? float_matmul<Format::nvfp4, true>(w, begin, end, tokens, num_tokens, sums, scratch)
+                        : float_matmul<Format::nvfp4, false>(w, begin, end, tokens, num_tokens, sums, scratch);
+        case Format::nvfp4_transposed: return;  // int8 only; refused where a matrix is bound
+    }
+}

@@ -1,0 +1,240 @@
+// The only file that knows Python: addresses and sizes in, calls out. Who calls keeps the memory.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <functional>
+
+#include "blocks.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace aprium {
+namespace {
+
+using Release = nb::call_guard<nb::gil_scoped_release>;
+using View = std::pair<uintptr_t, int64_t>;  // address and number of floats; {0, 0} is none
+
+template <class T>
+T* at(uintptr_t address) {
+    return (T*)address;
+}
+Floats copy(View view) { return Floats(at<float>(view.first), at<float>(view.first) + view.second); }
+
+const Kernels* find(const std::string& name) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (name == "avx2") return avx2 ? &avx2::kernels : nullptr;
+    if (name == "avx512") {
+        bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                    __builtin_cpu_supports("avx512bf16");
+        return avx2 && wide ? &avx512::kernels : nullptr;
+    }
+#endif
+    return name == "scalar" ? &scalar::kernels : nullptr;
+}
+
+std::vector<std::string> supported() {  // the fastest first
+    std::vector<std::string> found;
+    for (const char* name : {"avx512", "avx2", "scalar"})
+        if (find(name)) found.push_back(name);
+    return found;
+}
+
+Machine* make_machine(const std::string& isa, int num_threads) {
+    const Kernels* kernels = find(isa);
+    if (!kernels) throw std::invalid_argument("this processor or build has no " + isa + " kernels");
+    if (num_threads < 1) throw std::invalid_argument("a machine needs at least one thread");
+    return new Machine(*kernels, num_threads);
+}
+
+Format format_of(const std::string& name) {
+    const std::pair<const char*, Format> known[] = {
+        {"float32", Format::f32}, {"bfloat16", Format::bf16}, {"float16", Format::f16},
+        {"fp8", Format::fp8},     {"nvfp4", Format::nvfp4},   {"nvfp4_transposed", Format::nvfp4_transposed}};
+    for (auto& [key, format] : known)
+        if (name == key) return format;
+    throw std::invalid_argument("unknown weight format " + name);
+}
+
+Precision precision_of(const std::string& name) {
+    if (name == "float32") return Precision::f32;
+    if (name == "bfloat16") return Precision::bf16;
+    if (name == "int8") return Precision::int8;
+    throw std::invalid_argument("unknown activation dtype " + name);
+}
+
+// Formats that a precision does not serve take the nearest that does: int8 is for NVFP4 only, and
+// weights wider than bfloat16 are never rounded.
+Precision effective(Format format, Precision precision) {
+    if (format == Format::f32 || format == Format::f16) return Precision::f32;
+    bool nvfp4 = format == Format::nvfp4 || format == Format::nvfp4_transposed;
+    if (precision == Precision::int8 && !nvfp4) return Precision::bf16;
+    return precision;
+}
+
+Weight make_weight(const std::string& format, const std::string& precision, uintptr_t data, uintptr_t scales,
+                   float scale, int64_t rows, int64_t cols, View bias) {
+    Format f = format_of(format);
+    Precision p = effective(f, precision_of(precision));
+    if (f == Format::nvfp4_transposed && (p != Precision::int8 || rows % kGroup))
+        throw std::invalid_argument("transposed weights need int8 activations and a multiple of 128 rows");
+    if ((f == Format::nvfp4 || f == Format::nvfp4_transposed) && cols % kBlock)
+        throw std::invalid_argument("NVFP4 weights need a multiple of 16 columns");
+    // Codes are doubled for int8, and scales arrive divided by 256.
+    if (p == Precision::int8) scale *= 128;
+    return {{f, at<uint8_t>(data), at<uint8_t>(scales), scale, rows, cols}, p, copy(bias)};
+}
+
+double timed(Machine& m, int64_t repeats, const std::function<void(int64_t, int)>& task) {
+    double best = 1e30;
+    for (int64_t r = 0; r < repeats; r++) {
+        auto begin = std::chrono::steady_clock::now();
+        m.pool.run(m.pool.num_threads(), task);
+        std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+        best = std::min(best, took.count());
+    }
+    return best;
+}
+
+// Bytes a second that all threads together read from `size` bytes; the best of `repeats`.
+double bandwidth(Machine& m, uintptr_t data, int64_t size, int64_t repeats) {
+    constexpr int64_t kPiece = 1 << 20;
+    std::atomic<uint64_t> sink{0};
+    double best = 1e30;
+    for (int64_t r = 0; r < repeats; r++) {
+        auto begin = std::chrono::steady_clock::now();
+        m.pool.run(size / kPiece, [&](int64_t i, int) { sink += m.kernels.read(at<uint8_t>(data) + i * kPiece, kPiece); });
+        std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+        best = std::min(best, took.count());
+    }
+    return (double)(size / kPiece * kPiece) / best;
+}
+
+// Operations a second (multiply and add counted) of the dot product of a precision, on all threads.
+double peak(Machine& m, const std::string& precision) {
+    constexpr int64_t kRounds = 4000000;
+    Precision p = precision_of(precision);
+    double done = 0;
+    double took = timed(m, 3, [&](int64_t i, int) {
+        double count = m.kernels.peak(p, kRounds);
+        if (i == 0) done = count;
+    });
+    return done * m.pool.num_threads() / took;
+}
+
+}  // namespace
+}  // namespace aprium
+
+NB_MODULE(_kernels, module) {
+    using namespace aprium;
+    nb::set_leak_warnings(false);
+    module.def("supported", &supported);
+
+    nb::class_<Weight>(module, "Weight")
+        .def_prop_ro("precision", [](const Weight& w) {
+            return w.precision == Precision::int8 ? "int8" : w.precision == Precision::bf16 ? "bfloat16" : "float32";
+        });
+    module.def("weight", &make_weight, "format"_a, "precision"_a, "data"_a, "scales"_a, "scale"_a, "rows"_a, "cols"_a,
+               "bias"_a);
+
+    nb::class_<Step>(module, "Step")
+        .def("__init__",
+             [](Step* self, std::vector<int64_t> lengths, std::vector<int64_t> starts, std::vector<int64_t> context,
+                std::vector<int64_t> slots, std::vector<std::vector<int64_t>> pages, int64_t page_size) {
+                 int64_t tokens = starts.back() + lengths.back();
+                 new (self) Step{std::move(lengths), std::move(starts), std::move(context), std::move(slots),
+                                 std::move(pages),   page_size,         tokens};
+             });
+
+    nb::class_<Machine>(module, "Machine")
+        .def(nb::new_(&make_machine), "isa"_a, "num_threads"_a)
+        .def_prop_ro("isa", [](const Machine& m) { return m.kernels.name; })
+        .def_prop_ro("num_threads", [](const Machine& m) { return m.pool.num_threads(); })
+        .def_prop_rw("weight_bytes", [](const Machine& m) { return m.counters.bytes; },
+                     [](Machine& m, int64_t value) { m.counters.bytes = value; })
+        .def("linear",
+             [](Machine& m, const Weight& w, uintptr_t x, int64_t tokens, uintptr_t out) {
+                 m.linear(w, at<float>(x), tokens, at<float>(out), m.packed[0]);
+             }, Release())
+        .def("norm",
+             [](Machine& m, View weight, float eps, uintptr_t x, int64_t tokens, uintptr_t out) {
+                 for (int64_t t = 0; t < tokens; t++)
+                     m.kernels.rms_norm(at<float>(x) + t * weight.second, at<float>(weight.first), eps, weight.second,
+                                        at<float>(out) + t * weight.second);
+             }, Release())
+        .def("log_softmax_at",
+             [](Machine& m, uintptr_t logits, int64_t rows, int64_t size) {
+                 std::vector<std::tuple<int64_t, float, float>> found(rows);
+                 {
+                     nb::gil_scoped_release release;
+                     m.each(rows, size, [&](int64_t i, int) {
+                         auto& [token, top, mass] = found[i];
+                         m.kernels.log_softmax_at(at<float>(logits) + i * size, size, &token, &top, &mass);
+                     });
+                 }
+                 return found;
+             })
+        .def("bandwidth", &bandwidth, Release())
+        .def("peak", &peak, Release());
+
+    nb::class_<Mamba>(module, "Mamba")
+        .def("__init__",
+             [](Mamba* self, View norm, float eps, const Weight& in_proj, const Weight& out_proj,
+                std::array<int64_t, 5> sizes, View conv_weight, View conv_bias, View a, View d, View dt_bias,
+                View mixer_norm, float dt_min, float dt_max) {
+                 new (self) Mamba{copy(norm), eps, in_proj, out_proj, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                                  copy(conv_weight), copy(conv_bias), copy(a), copy(d), copy(dt_bias), copy(mixer_norm),
+                                  dt_min, dt_max};
+             })
+        .def("run",
+             [](const Mamba& self, Machine& m, uintptr_t x, const Step& step, uintptr_t conv, uintptr_t ssm) {
+                 self.run(m, at<float>(x), step, at<float>(conv), at<float>(ssm));
+             }, Release());
+    nb::class_<Attention>(module, "Attention")
+        .def("__init__",
+             [](Attention* self, View norm, float eps, const Weight& q, const Weight& k, const Weight& v,
+                const Weight& o, int64_t heads, int64_t kv_heads, int64_t head_dim) {
+                 new (self) Attention{copy(norm), eps, q, k, v, o, heads, kv_heads, head_dim};
+             })
+        .def("run",
+             [](const Attention& self, Machine& m, uintptr_t x, const Step& step, uintptr_t keys, uintptr_t values,
+                bool half) { self.run(m, at<float>(x), step, at<void>(keys), at<void>(values), half); }, Release());
+    nb::class_<MlpBlock>(module, "Mlp")
+        .def("__init__",
+             [](MlpBlock* self, View norm, float eps, const Weight& up, const Weight& down) {
+                 new (self) MlpBlock{copy(norm), eps, {up, down}};
+             })
+        .def("run",
+             [](const MlpBlock& self, Machine& m, uintptr_t x, const Step& step) {
+                 self.run(m, at<float>(x), step.num_tokens);
+             }, Release());
+    nb::class_<Moe>(module, "Moe")
+        .def("__init__",
+             [](Moe* self, View norm, float eps, const Weight& gate, View bias, std::array<int64_t, 3> choice,
+                bool normalise, float scale, std::vector<const Weight*> up, std::vector<const Weight*> down,
+                const Weight& shared_up, const Weight& shared_down, std::optional<Weight> to_latent,
+                std::optional<Weight> from_latent) {
+                 auto all = [](const std::vector<const Weight*>& from) {
+                     std::vector<Weight> to;
+                     for (const Weight* w : from) to.push_back(*w);
+                     return to;
+                 };
+                 Router router{gate, copy(bias), choice[0], choice[1], choice[2], normalise, scale};
+                 new (self) Moe{copy(norm), eps, std::move(router), all(up), all(down), {shared_up, shared_down},
+                                std::move(to_latent), std::move(from_latent)};
+             })
+        .def("run",
+             [](const Moe& self, Machine& m, uintptr_t x, const Step& step) {
+                 self.run(m, at<float>(x), step.num_tokens);
+             }, Release());
+}
