@@ -15,6 +15,7 @@ import aprium
 from aprium.base.errors import ApriumError, UnsupportedError
 from aprium.base.log import configure_logging
 
+_ENGINE_OPTIONS = ("dtype", "activation_dtype", "load", "max_model_len", "load_format")
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -42,6 +43,11 @@ def _engine_options(function: Any) -> Any:
     """Add the options of EngineConfig that commands which run a model once have."""
     options = (
         click.option("--dtype", default="auto", help="auto, float32 or bfloat16 activations."),
+        click.option(
+            "--activation-dtype",
+            help="What kernels round matrix inputs to: auto, float32, bfloat16 or int8.",
+        ),
+        click.option("--load", help="auto, memory, or mmap to leave weights in the file."),
         click.option("--max-model-len", type=int, help="Longest sequence; default: the model's."),
         click.option("--load-format", default="auto", help="auto, or dummy for random weights."),
     )
@@ -212,7 +218,7 @@ def _model_and_prompt(words: tuple[str, ...]) -> tuple[str, str | None]:
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part the options given into those of sampling and those of the engine."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    engine = {n: given.pop(n) for n in ("dtype", "max_model_len", "load_format") if n in given}
+    engine = {name: given.pop(name) for name in _ENGINE_OPTIONS if name in given}
     return given, engine
 
 

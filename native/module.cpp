@@ -19,6 +19,20 @@ namespace aprium {
 namespace {
 
 using Release = nb::call_guard<nb::gil_scoped_release>;
+
+// Adds the time that it lives to a machine's counter.
+class Clock {
+   public:
+    explicit Clock(Machine& machine) : machine_(machine), begin_(std::chrono::steady_clock::now()) {}
+    ~Clock() {
+        std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin_;
+        machine_.counters.seconds += took.count();
+    }
+
+   private:
+    Machine& machine_;
+    std::chrono::steady_clock::time_point begin_;
+};
 using View = std::pair<uintptr_t, int64_t>;  // address and number of floats; {0, 0} is none
 
 template <class T>
@@ -160,14 +174,20 @@ NB_MODULE(_kernels, module) {
         .def(nb::new_(&make_machine), "isa"_a, "num_threads"_a)
         .def_prop_ro("isa", [](const Machine& m) { return m.kernels.name; })
         .def_prop_ro("num_threads", [](const Machine& m) { return m.pool.num_threads(); })
-        .def_prop_rw("weight_bytes", [](const Machine& m) { return m.counters.bytes; },
-                     [](Machine& m, int64_t value) { m.counters.bytes = value; })
+        .def("take_counters",
+             [](Machine& m) {  // since last asked: seconds in kernels, weight bytes read
+                 auto found = std::pair(m.counters.seconds, m.counters.bytes);
+                 m.counters = {};
+                 return found;
+             })
         .def("linear",
              [](Machine& m, const Weight& w, uintptr_t x, int64_t tokens, uintptr_t out) {
+                 Clock clock(m);
                  m.linear(w, at<float>(x), tokens, at<float>(out), m.packed[0]);
              }, Release())
         .def("norm",
              [](Machine& m, View weight, float eps, uintptr_t x, int64_t tokens, uintptr_t out) {
+                 Clock clock(m);
                  for (int64_t t = 0; t < tokens; t++)
                      m.kernels.rms_norm(at<float>(x) + t * weight.second, at<float>(weight.first), eps, weight.second,
                                         at<float>(out) + t * weight.second);
@@ -177,6 +197,7 @@ NB_MODULE(_kernels, module) {
                  std::vector<std::tuple<int64_t, float, float>> found(rows);
                  {
                      nb::gil_scoped_release release;
+                     Clock clock(m);
                      m.each(rows, size, [&](int64_t i, int) {
                          auto& [token, top, mass] = found[i];
                          m.kernels.log_softmax_at(at<float>(logits) + i * size, size, &token, &top, &mass);
@@ -198,6 +219,7 @@ NB_MODULE(_kernels, module) {
              })
         .def("run",
              [](const Mamba& self, Machine& m, uintptr_t x, const Step& step, uintptr_t conv, uintptr_t ssm) {
+                 Clock clock(m);
                  self.run(m, at<float>(x), step, at<float>(conv), at<float>(ssm));
              }, Release());
     nb::class_<Attention>(module, "Attention")
@@ -208,7 +230,10 @@ NB_MODULE(_kernels, module) {
              })
         .def("run",
              [](const Attention& self, Machine& m, uintptr_t x, const Step& step, uintptr_t keys, uintptr_t values,
-                bool half) { self.run(m, at<float>(x), step, at<void>(keys), at<void>(values), half); }, Release());
+                bool half) {
+                 Clock clock(m);
+                 self.run(m, at<float>(x), step, at<void>(keys), at<void>(values), half);
+             }, Release());
     nb::class_<MlpBlock>(module, "Mlp")
         .def("__init__",
              [](MlpBlock* self, View norm, float eps, const Weight& up, const Weight& down) {
@@ -216,6 +241,7 @@ NB_MODULE(_kernels, module) {
              })
         .def("run",
              [](const MlpBlock& self, Machine& m, uintptr_t x, const Step& step) {
+                 Clock clock(m);
                  self.run(m, at<float>(x), step.num_tokens);
              }, Release());
     nb::class_<Moe>(module, "Moe")
@@ -235,6 +261,7 @@ NB_MODULE(_kernels, module) {
              })
         .def("run",
              [](const Moe& self, Machine& m, uintptr_t x, const Step& step) {
+                 Clock clock(m);
                  self.run(m, at<float>(x), step.num_tokens);
              }, Release());
 }

@@ -1,24 +1,25 @@
 """Load a checkpoint: from a directory of files to a model with every parameter filled.
 
 The configuration says what must be there, the files' headers say what is there, and the two must
-agree tensor by tensor before a byte is read. Tensors are then copied from the mapped files in
-their order, each once, into memory of the stored dtype; pages are given back on the way, so that
-the peak is the model plus one tensor. Values are not inspected, except scales.
+agree tensor by tensor before a byte is read. Tensors are then read, several at a time and each
+once, into one piece of memory in the stored dtypes ("memory"), or stay in the mapped files and are
+paged in as they are used ("mmap"). Values are not inspected, except scales.
 """
 
-import itertools
+import concurrent.futures
 import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
+from aprium.base.memory import available_bytes
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.names import (
     NVFP4_FORMATS,
@@ -31,12 +32,15 @@ from aprium.checkpoint.names import (
 from aprium.checkpoint.quant_config import Declared, read_quant
 from aprium.checkpoint.safetensors import (
     DTYPES,
+    Arena,
     Entry,
+    FileReader,
     MappedFile,
     StoredTensor,
     read_directory,
 )
 from aprium.model.config import NVFP4_TENSORS, ModelConfig, QuantConfig, read_hf_config
+from aprium.model.linear import Matrix
 from aprium.model.model import HybridModel
 from aprium.model.presets import PRESETS
 from aprium.model.quant_presets import QUANT_PRESETS, quant_preset
@@ -47,6 +51,10 @@ _DIVISORS = ("weight_global_scale", "input_global_scale")
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale", *_DIVISORS)
 _LARGEST_E4M3 = 0x7E  # 448; above it lie NaN and all negative values
 _DUMMY_SEED = 0
+LoadMode = Literal["auto", "memory", "mmap"]
+LOAD_MODES = get_args(LoadMode)
+_READERS = 4  # threads that read files
+_SPARE_BYTES = 3 << 29  # what else a process needs beside its weights: 1.5 GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,8 @@ class Checkpoint:
     """A loaded model and where it came from.
 
     `path` holds tokenizer and template files; None for random weights of a preset. `entries` and
-    `naming` are how the files held the tensors, which `save_checkpoint` gives back.
+    `naming` are how the files held the tensors, which `save_checkpoint` gives back. `load` is
+    where the weights are: "memory", or "mmap" in the files.
     """
 
     path: Path | None
@@ -64,6 +73,7 @@ class Checkpoint:
     generation_config: dict[str, Any] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
     naming: Naming = field(default_factory=Naming)
+    load: LoadMode = "memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +92,17 @@ def load_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
+    load: LoadMode = "auto",
 ) -> Checkpoint:
     """Load the model that `source` names: a directory, "pico", "toy", or a hub id.
 
     `dtype` is that of activations (float32 by default); weights keep their stored dtype.
     `load_format` "dummy" draws random weights for a directory's `config.json` or a preset, also a
-    quantised one such as "nano-nvfp4". Raises CheckpointError naming file and tensor.
+    quantised one such as "nano-nvfp4". `load` is "memory", "mmap", or "auto": memory where the
+    weights fit into what is free. Raises CheckpointError naming file and tensor.
     """
+    if load not in LOAD_MODES:
+        raise CheckpointError(f"unknown load mode {load!r}: use one of {', '.join(LOAD_MODES)}")
     compute_dtype = dtype or torch.float32
     if load_format == "dummy" or (str(source) == "toy" and not Path(source).is_dir()):
         return _load_dummy(source, compute_dtype)
@@ -98,11 +112,19 @@ def load_checkpoint(
     plan = read_plan(resolve(source))
     with torch.device("meta"):
         model = HybridModel(plan.config, plan.quant, compute_dtype=compute_dtype)
-    fill(model, plan.tensors)
     stored = plan.tensors.values()
     size = sum(tensor.end - tensor.start for tensor in stored)
+    if load == "auto":
+        load = "memory" if size + _SPARE_BYTES <= available_bytes() else "mmap"
+    if load == "memory":
+        fill(model, plan.tensors)
+    else:
+        attach(model, plan.tensors)
     seconds = time.monotonic() - started
-    logger.info("%s: %d tensors, %.2f GB in %.1f s", plan.path, len(stored), size / 1e9, seconds)
+    how = "read into memory" if load == "memory" else "mapped from the file"
+    logger.info(
+        "%s: %d tensors, %.2f GB %s in %.1f s", plan.path, len(stored), size / 1e9, how, seconds
+    )
     return Checkpoint(
         path=plan.path,
         config=plan.config,
@@ -111,6 +133,7 @@ def load_checkpoint(
         generation_config=_read_generation_config(plan.path),
         entries=tuple(Entry(t.name, t.dtype, t.shape) for t in stored),
         naming=plan.naming,
+        load=load,
     )
 
 
@@ -222,45 +245,100 @@ def _some(names: Iterable[str]) -> str:
 
 
 def fill(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> None:
-    """Copy `tensors` (by published name) into the parameters of `model`, replacing those.
+    """Read `tensors` (by published name) into the parameters of `model`, replacing those.
 
-    Memory is allocated in the stored dtype when the first part of a parameter comes. Raises
-    CheckpointError for a parameter that is filled twice or not at all, and for a scale that is
-    not a finite positive number.
+    All memory is one piece; several threads read. Raises CheckpointError for a parameter that is
+    filled twice or not at all, and for a scale that is not a finite positive number.
     """
+    places = _place(model, tensors)
     parameters = dict(model.named_parameters())
-    values: dict[str, Tensor] = {}
-    parts: dict[str, set[int | None]] = {}
-    for file, group in itertools.groupby(tensors.items(), key=lambda item: item[1].file):
-        mapped = MappedFile(file)
-        for published, tensor in group:
-            name, expert = parameter_of(published)
-            if name not in parameters:
-                raise CheckpointError(f"{file}: tensor {tensor.name!r} belongs to no parameter")
-            value = values.get(name)
-            if value is None:
-                shape, dtype = parameters[name].shape, DTYPES[tensor.dtype]
-                value = values[name] = torch.empty(shape, dtype=dtype, device="cpu")
-            if DTYPES[tensor.dtype] != value.dtype:
-                raise CheckpointError(
-                    f"{file}: tensor {tensor.name!r} is {tensor.dtype}, but other parts of {name} "
-                    f"are {str(value.dtype).removeprefix('torch.')}: they must be stored alike"
-                )
-            if expert in parts.setdefault(name, set()):
-                raise CheckpointError(f"{file}: tensor {tensor.name!r} fills {name} a second time")
-            source = mapped.tensor(tensor)
-            _check_scale(tensor, source)
-            target = value if expert is None else value[expert]
-            target.copy_(source.view(target.shape))
-            parts[name].add(expert)
-            mapped.release(tensor)
-    unfilled = [
-        name for name, value in parameters.items() if not _complete(value, parts.get(name, set()))
-    ]
-    if unfilled:
-        raise CheckpointError(f"{len(unfilled)} parameters not filled: {_some(unfilled)}")
+    dtypes = {name: DTYPES[parts[0].tensor.dtype] for name, parts in places.items()}
+    sizes = {name: Arena.size_of(parameters[name].shape, d) for name, d in dtypes.items()}
+    arena = Arena(sum(sizes.values()))
+    values = {name: arena.tensor(parameters[name].shape, d) for name, d in dtypes.items()}
+    readers = {file: FileReader(file) for file in dict.fromkeys(t.file for t in tensors.values())}
+
+    def read(name: str, part: _Part) -> None:
+        target = values[name] if part.expert is None else values[name][part.expert]
+        readers[part.tensor.file].read(part.tensor, target)
+        _check_scale(part.tensor, target)
+
+    # In the order of the files, so that the disk reads ahead.
+    jobs = sorted(
+        ((name, part) for name, parts in places.items() for part in parts),
+        key=lambda job: (job[1].tensor.file, job[1].tensor.start),
+    )
+    # What the system caches of the files would push out the model where memory is short.
+    forget = 2 * sum(sizes.values()) > available_bytes()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            for done in [pool.submit(read, *job) for job in jobs]:
+                done.result()
+    finally:
+        for reader in readers.values():
+            reader.close(forget=forget)
     for name, value in values.items():
         set_parameter(model, name, value)
+
+
+def attach(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> None:
+    """Make views of the mapped files the parameters of `model`; stacks become lists of views.
+
+    Raises CheckpointError as `fill` does.
+    """
+    files = {file: MappedFile(file) for file in dict.fromkeys(t.file for t in tensors.values())}
+    parameters = dict(model.named_parameters())
+    for name, parts in _place(model, tensors).items():
+        views = []
+        for part in parts:
+            view = files[part.tensor.file].tensor(part.tensor)
+            if part.tensor.dtype != "F8_E4M3":  # reading all block scales would page them in
+                _check_scale(part.tensor, view)
+            views.append(view)
+        if parts[0].expert is None:
+            set_parameter(model, name, views[0].view(parameters[name].shape))
+            continue
+        owner, _, leaf = name.rpartition(".")
+        matrix = model.get_submodule(owner)
+        assert isinstance(matrix, Matrix)
+        order = sorted(range(len(parts)), key=lambda i: parts[i].expert or 0)
+        matrix.set_parts(leaf, [views[i] for i in order])
+
+
+class _Part(NamedTuple):
+    """A tensor that fills a parameter, or row `expert` of one."""
+
+    tensor: StoredTensor
+    expert: int | None
+
+
+def _place(
+    model: HybridModel, tensors: Mapping[str, StoredTensor]
+) -> dict[str, list[_Part]]:
+    """Return the parts of each parameter; each must be filled once, in one dtype."""
+    parameters = dict(model.named_parameters())
+    places: dict[str, list[_Part]] = {}
+    filled: dict[str, set[int | None]] = {}
+    for published, tensor in tensors.items():
+        name, expert = parameter_of(published)
+        file = tensor.file
+        if name not in parameters:
+            raise CheckpointError(f"{file}: tensor {tensor.name!r} belongs to no parameter")
+        parts = places.setdefault(name, [])
+        if parts and parts[0].tensor.dtype != tensor.dtype:
+            kind = str(DTYPES[parts[0].tensor.dtype]).removeprefix("torch.")
+            raise CheckpointError(
+                f"{file}: tensor {tensor.name!r} is {tensor.dtype}, but other parts of {name} "
+                f"are {kind}: they must be stored alike"
+            )
+        if expert in filled.setdefault(name, set()):
+            raise CheckpointError(f"{file}: tensor {tensor.name!r} fills {name} a second time")
+        filled[name].add(expert)
+        parts.append(_Part(tensor, expert))
+    unfilled = [n for n, value in parameters.items() if not _complete(value, filled.get(n, set()))]
+    if unfilled:
+        raise CheckpointError(f"{len(unfilled)} parameters not filled: {_some(unfilled)}")
+    return places
 
 
 def _complete(parameter: Tensor, parts: set[int | None]) -> bool:

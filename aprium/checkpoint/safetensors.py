@@ -1,14 +1,16 @@
 """Safetensors files in and out: strict headers, mapped tensors, streamed writing.
 
-A header is believed only when every byte of the file is accounted for. A tensor is a view of the
-mapped file; `MappedFile.release` hands pages back once they have been copied, so that reading a
-model costs its own size and not twice that. Writing holds one tensor at a time. Nothing here knows
+A header is believed only when every byte of the file is accounted for. Tensors are read into an
+`Arena`, so that a model costs its own size and not twice that, or are views of a mapped file.
+Writing holds one tensor at a time. Nothing here knows
 what the names mean. Source: the format description of the safetensors project.
 """
 
+import contextlib
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
-_RELEASE_BYTES = 4 << 20  # pages are handed back in lumps of at least this size
+_LINE = 64  # bytes of a cache line
 _HEADER_ALIGNMENT = 8
 
 
@@ -190,8 +192,7 @@ def _read_sharded(directory: Path, weight_map: Mapping[str, str]) -> dict[str, S
 class MappedFile:
     """A file mapped into memory; tensors are views of it and keep it mapped.
 
-    The mapping is private: writing to a view would not reach the file. Views are to be copied from
-    in the order of the file, with `release` after each.
+    The mapping is private: writing to a view would not reach the file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -200,8 +201,6 @@ class MappedFile:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot map {file}: {error}") from error
-        self._map.madvise(mmap.MADV_SEQUENTIAL)
-        self._released = 0
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         """Return the values of `stored` without copying (but for a misaligned tensor)."""
@@ -214,12 +213,63 @@ class MappedFile:
             raw = raw.clone()
         return raw.view(dtype).view(stored.shape)
 
-    def release(self, stored: StoredTensor) -> None:
-        """Let go of the pages up to the end of `stored`; reading them again is still possible."""
-        end = stored.end // mmap.PAGESIZE * mmap.PAGESIZE
-        if end - self._released >= _RELEASE_BYTES:
-            self._map.madvise(mmap.MADV_DONTNEED, self._released, end - self._released)
-            self._released = end
+
+class Arena:
+    """Anonymous memory for many tensors in one piece, in huge pages where the system allows.
+
+    Takes `num_bytes` in all; each tensor is aligned to a cache line, which `size_of` accounts for.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._map = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._taken = 0
+
+    @staticmethod
+    def size_of(shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Return the bytes that a tensor takes of an arena."""
+        return -(-math.prod(shape) * dtype.itemsize // _LINE) * _LINE
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the next tensor, zeros."""
+        size, start = math.prod(shape) * dtype.itemsize, self._taken
+        self._taken += self.size_of(shape, dtype)
+        if not size:
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=start)
+        return raw.view(dtype).view(tuple(shape))
+
+
+class FileReader:
+    """Reads tensors of one file into memory that is there; safe to call from several threads."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            self._stream = file.open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+
+    def read(self, stored: StoredTensor, target: Tensor) -> None:
+        """Fill contiguous `target` with the bytes of `stored`."""
+        view = target.view(-1).view(torch.uint8).numpy().data
+        done, size = 0, stored.end - stored.start
+        while done < size:
+            try:
+                count = os.preadv(self._stream.fileno(), [view[done:]], stored.start + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self._file}: {error.strerror}") from error
+            if not count:
+                raise CheckpointError(f"{self._file}: truncated while tensor {stored.name!r} was read")
+            done += count
+
+    def close(self, *, forget: bool) -> None:
+        """Close the file; with `forget` the system may drop what it caches of it."""
+        if forget:
+            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._stream.close()
 
 
 class Entry(NamedTuple):

@@ -47,6 +47,11 @@ def save_checkpoint(
     """
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}: it must be at least 1")
+    if isinstance(source, Checkpoint) and source.load == "mmap":
+        raise CheckpointError(
+            f"{source.path} is mapped, not in memory: copy its files, or load it with "
+            'load="memory" before saving'
+        )
     target = Path(directory)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

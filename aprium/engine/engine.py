@@ -15,9 +15,10 @@ import torch
 
 from aprium.base.errors import ConfigError, RequestError
 from aprium.base.records import Delta, Request, Timings
-from aprium.checkpoint.load import Checkpoint, load_checkpoint
+from aprium.base.memory import available_bytes
+from aprium.checkpoint.load import LOAD_MODES, Checkpoint, load_checkpoint
 from aprium.engine.cache import Cache
-from aprium.engine.memory import available_bytes, plan_cache
+from aprium.engine.memory import plan_cache
 from aprium.engine.request import LiveSequence
 from aprium.engine.runner import Runner, SegmentResult
 from aprium.engine.scheduler import Scheduler
@@ -38,6 +39,7 @@ class EngineConfig:
     None draws one: requests without a seed of their own then differ from run to run.
     `activation_dtype` is what native kernels round the inputs of matrix products to: "auto" is
     int8 for a checkpoint with NVFP4 weights, bfloat16 for one with FP8 weights, else float32.
+    `load` "memory" reads weights, "mmap" maps their files; "auto" reads what fits.
     """
 
     model: str
@@ -49,6 +51,7 @@ class EngineConfig:
     block_size: int = 64
     kv_cache_bytes: int | None = None
     load_format: Literal["auto", "dummy"] = "auto"
+    load: Literal["auto", "memory", "mmap"] = "auto"
     seed: int | None = None
     enable_chunked_prefill: bool = True
 
@@ -65,6 +68,8 @@ class EngineConfig:
         if self.activation_dtype not in ACTIVATION_DTYPES:
             known = ", ".join(ACTIVATION_DTYPES)
             raise ConfigError(f"activation_dtype is {self.activation_dtype!r}: use one of {known}")
+        if self.load not in LOAD_MODES:
+            raise ConfigError(f"load is {self.load!r}: use one of {', '.join(LOAD_MODES)}")
         if self.load_format not in ("auto", "dummy"):
             raise ConfigError(f"load_format is {self.load_format!r}: use 'auto' or 'dummy'")
 
@@ -110,7 +115,7 @@ class Engine:
         if eos_token_ids is None:
             eos_token_ids = _eos_token_ids(self.checkpoint)
         self.eos_token_ids = frozenset(eos_token_ids)
-        device = next(model.parameters()).device
+        device = model.backbone.embeddings.weight.device
         self.plan = plan_cache(
             shape,
             dtype=model.compute_dtype,
@@ -302,6 +307,7 @@ def load(config: EngineConfig) -> Checkpoint:
         config.model,
         dtype=_DTYPES.get(config.dtype),
         load_format=config.load_format,
+        load=config.load,
     )
 
 

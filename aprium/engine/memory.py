@@ -5,7 +5,6 @@ what a budget buys. By default the pages hold every running sequence at full len
 little, and never take more than half of what the machine has free.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -39,19 +38,6 @@ class CachePlan:
     def state_bytes(self) -> int:
         """Bytes of all slots."""
         return self.num_slots * self.slot_bytes
-
-
-def available_bytes() -> int:
-    """Return the memory that programs can still take, in bytes."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - not a file of ours
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    # Without that file (not Linux): half of the memory the machine has.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:

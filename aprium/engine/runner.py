@@ -37,7 +37,8 @@ class Runner:
     def __init__(self, model: HybridModel, state: HybridState) -> None:
         self.model = model
         self.state = state
-        self.device = next(model.parameters()).device
+        self.device = model.backbone.embeddings.weight.device
+        self._pick = model.native.pick if model.native else None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[SegmentResult]:
@@ -77,6 +78,7 @@ class Runner:
             [s.params for s in sampled],
             [s.seed for s in sampled],
             [s.start + len(s.tokens) for s in sampled],
+            self._pick,
         )
         for segment, choice in zip(sampled, choices, strict=True):
             _check_number(choice.logprob, segment)
@@ -92,7 +94,7 @@ class Runner:
             targets = segment.targets[begin : begin + _SCORE_ROWS]
             first = start + segment.score_from + begin
             logits = self.model.logits(hidden[first : first + len(targets)])
-            some, best = score(logits, targets, count)
+            some, best = score(logits, targets, count, self._pick)
             values += some
             alternatives += best
         for value in values:

@@ -7,6 +7,7 @@ nothing. Formats: None (stored as BF16, F32 or F16), "fp8" (one scale a matrix),
 `input_scale` is carried for saving and not read. Source: docs/numerics.md.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,7 @@ class Matrix(nn.Module):
     ) -> None:
         super().__init__()
         self.format, self.layout = fmt, layout
+        self.parts: dict[str, list[Tensor]] = {}
         *lead, rows, columns = shape
         head = tuple(lead)
         if fmt is None:
@@ -56,15 +58,23 @@ class Matrix(nn.Module):
         else:
             raise CheckpointError(f"{name}: unknown weight format {fmt!r}")
 
+    def set_parts(self, name: str, parts: list[Tensor]) -> None:
+        """Hold tensor `name` of a stack as one tensor an expert, as a mapped file does."""
+        delattr(self, name)
+        self.parts[name] = parts
+
+    def pick(self, name: str, expert: int | None = None) -> Tensor:
+        """Return a stored tensor, or that of one expert of a stack."""
+        if expert is None:
+            return getattr(self, name)
+        return self.parts[name][expert] if name in self.parts else getattr(self, name)[expert]
+
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """Return the matrix (of one expert of a stack) as values of `dtype`, [out, in]."""
 
-        def pick(name: str) -> Tensor:
-            tensor = getattr(self, name)
-            return tensor if expert is None else tensor[expert]
-
         if self.format is None:
-            return pick("weight").to(dtype)
+            return self.pick("weight", expert).to(dtype)
+        pick = functools.partial(self.pick, expert=expert)
         if self.format == "fp8":
             return fp8.dequantize(pick("weight"), pick("weight_scale")).to(dtype)
         packed, scale_2, _ = NVFP4_TENSORS[self.layout]
@@ -148,6 +158,6 @@ class Experts(nn.Module):
 
 def _picker(stack: nn.Module, dtype: torch.dtype) -> Callable[[int], Tensor]:
     assert isinstance(stack, Matrix)
-    if stack.format is None:
+    if stack.format is None and not stack.parts:
         return stack.weight.unbind(0).__getitem__
     return lambda expert: stack.dense(dtype, expert)

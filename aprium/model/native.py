@@ -88,6 +88,13 @@ class NativeModel:
         """Project `hidden` float32 [R, D] to float32 logits [R, V]."""
         return self.product(self._head, hidden, self._vocab_size)
 
+    def pick(self, logits: Tensor) -> list[tuple[int, float, float]]:
+        """Return for each row of float32 [R, V] the first largest token, its logit, the log mass.
+
+        The mass is the sum of e^(logit - largest); a row with a NaN has NaN for both numbers.
+        """
+        return self.machine.log_softmax_at(logits.data_ptr(), *logits.shape)
+
     def product(self, weight: Any, x: Tensor, rows: int) -> Tensor:
         """Return x W^T + b of a bound weight, float32 [T, rows]."""
         x = x.float().contiguous()
@@ -100,8 +107,7 @@ class NativeModel:
         """Bind a matrix in its stored format, or one of a stack."""
 
         def pick(name: str) -> Tensor:
-            tensor = getattr(matrix, name)
-            return self._keep(tensor if expert is None else tensor[expert])
+            return self._keep(matrix.pick(name, expert))
 
         bias = getattr(matrix, "bias", None)
         if matrix.format is None:

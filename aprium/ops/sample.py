@@ -10,7 +10,7 @@ Source: SplitMix64 (Steele, Lea, Flood 2014) for the hash.
 Letters: R rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,11 @@ _MASK = 2**64 - 1
 _MIN_TEMPERATURE = 1e-5
 # Most nuclei end among so many tokens; only rows whose does not are sorted in full.
 _NUCLEUS_GUESS = 512
+
+
+# For each row of logits [R, V]: the first largest token, its logit, the log of the sum of
+# e^(logit - largest). A kernel's; without one, PyTorch does the same in `sample` and `score`.
+Pick = Callable[[Tensor], Sequence[tuple[int, float, float]]]
 
 
 class Choice(NamedTuple):
@@ -60,11 +65,14 @@ def sample(
     params: Sequence[SamplingParams],
     seeds: Sequence[int],
     positions: Sequence[int],
+    pick: Pick | None = None,
 ) -> list[Choice]:
     """Choose a token for each row of `logits` float32 [R, V].
 
     `seeds[i]` and `positions[i]` (of the token to be chosen) fix the random number of row i.
     """
+    if pick is not None:
+        return _sample_picked(logits, params, seeds, positions, pick)
     logprobs = F.log_softmax(logits, -1)
     tokens = logits.argmax(-1)  # ties go to the lowest id
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
@@ -78,6 +86,28 @@ def sample(
         for i, p in enumerate(params)
     ]
     return [Choice(*c) for c in zip(tokens.tolist(), chosen, alternatives, strict=True)]
+
+
+def _sample_picked(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    pick: Pick,
+) -> list[Choice]:
+    """Do as `sample` does, with the largest token and the mass of each row from a kernel."""
+    choices = []
+    for i, (token, peak, log_mass) in enumerate(pick(logits)):
+        chosen, row = params[i], logits[i : i + 1]
+        if chosen.temperature > 0:
+            number = uniform(seeds[i], positions[i])
+            token = int(draw(row, [chosen], [number]))
+        logprob = float(row[0, token] - peak - log_mass)
+        alternatives: TopLogprobs = {}
+        if chosen.logprobs:
+            alternatives = top_alternatives(row - peak - log_mass, chosen.logprobs)[0]
+        choices.append(Choice(token, logprob, alternatives))
+    return choices
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> Tensor:
@@ -126,13 +156,17 @@ def top_alternatives(logprobs: Tensor, count: int) -> list[TopLogprobs]:
 
 
 def score(
-    logits: Tensor, targets: Sequence[int], num_alternatives: int
+    logits: Tensor, targets: Sequence[int], num_alternatives: int, pick: Pick | None = None
 ) -> tuple[list[float], list[TopLogprobs]]:
     """Return the log-probability of `targets[i]` under row i of `logits` [R, V], and alternatives.
 
     The second is a list of empty mappings when `num_alternatives` is 0.
     """
-    logprobs = F.log_softmax(logits, -1)
+    if pick is None:
+        logprobs = F.log_softmax(logits, -1)
+    else:
+        norms = torch.tensor([found[1:] for found in pick(logits)])
+        logprobs = logits - norms[:, :1] - norms[:, 1:]
     index = torch.tensor(targets, dtype=torch.int64, device=logits.device).unsqueeze(1)
     chosen = logprobs.gather(1, index).squeeze(1).tolist()
     if not num_alternatives:

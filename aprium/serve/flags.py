@@ -56,6 +56,18 @@ FLAGS: tuple[Flag, ...] = (
         remedy="use auto, float32 or bfloat16",
         help="Dtype of activations: auto (float32), float32 or bfloat16.",
     ),
+    Flag(
+        name="activation-dtype",
+        accepts=("auto", "float32", "bfloat16", "int8"),
+        remedy="use auto, float32, bfloat16 or int8",
+        help="What kernels round the inputs of matrix products to; auto follows the weights.",
+    ),
+    Flag(
+        name="load",
+        accepts=("auto", "memory", "mmap"),
+        remedy="use auto, memory or mmap",
+        help="Read weights into memory, or mmap them; auto reads what fits.",
+    ),
     Flag(name="max-model-len", kind="count", help="Longest sequence (32768, 32K); default: fits."),
     Flag(name="max-num-seqs", kind="int", help="Most sequences computed together."),
     Flag(name="max-num-batched-tokens", kind="count", help="Most tokens of one step."),

@@ -27,6 +27,8 @@ from aprium.text.tokenizer import read_json
 
 # Flag -> field of EngineConfig, for those passed on as they are.
 _ENGINE_FIELDS = {
+    "activation-dtype": "activation_dtype",
+    "load": "load",
     "max-model-len": "max_model_len",
     "max-num-seqs": "max_num_seqs",
     "max-num-batched-tokens": "max_num_batched_tokens",

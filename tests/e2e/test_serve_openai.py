@@ -196,7 +196,10 @@ def test_quantised_checkpoints_equal_dequantised_weights(scheme: str, tmp_path: 
     reference = load_reference(plain)
     tokenizer = Tokenizer.load(tmp_path / scheme)
     with (
-        serving(tmp_path / scheme, tmp_path / "log", "--quantization", "modelopt") as address,
+        serving(
+            *(tmp_path / scheme, tmp_path / "log"),
+            *("--quantization", "modelopt", "--activation-dtype", "float32"),
+        ) as address,
         connect(address) as client,
     ):
         for prompt in PROMPTS[:3]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from aprium.base.errors import ConfigError
-from aprium.engine.memory import available_bytes, plan_cache
+from aprium.base.memory import available_bytes
+from aprium.engine.memory import plan_cache
 from aprium.model.presets import preset
 from aprium.model.state import HybridState
 
