@@ -9,6 +9,7 @@
 constexpr int64_t kInputStep = kStep + 16 * 4 + 16 * 4;  // bytes of a step of a packed int8 row
 constexpr int64_t kPanelRows = 16;
 constexpr int kAbreast = 2;  // tokens whose products are computed side by side
+constexpr int64_t kDirectInt8 = 16;   // the same for int8, where unpacking costs less
 constexpr int64_t kDirectTokens = 4;  // up to so many tokens weights are unpacked where they are used
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -20,6 +21,7 @@ inline int64_t packed_bytes(Precision precision, int64_t cols) {
 }
 
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }  // to the second cache
 
 // ---- inputs ----
 
@@ -143,9 +145,9 @@ INLINE void add_steps(f32x16 (&sum)[R][M], const u8x64 (&w)[R][4], const f32x16 
 }
 
 template <int R, int M>
-INLINE void store_sums(const f32x16 (&sum)[R][M], float* sums, int64_t place) {
+INLINE void store_sums(const f32x16 (&sum)[R][M], float* sums, int64_t place, int64_t apart = 1) {
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int m = 0; m < M; m++) store(sums + (m * kPanelRows + place + r) * 16, sum[r][m]);
+        UNROLL for (int m = 0; m < M; m++) store(sums + (m * kPanelRows + place + r * apart) * 16, sum[r][m]);
 }
 template <int R, int M>
 INLINE void clear_sums(f32x16 (&sum)[R][M]) {
@@ -153,27 +155,44 @@ INLINE void clear_sums(f32x16 (&sum)[R][M]) {
         UNROLL for (int m = 0; m < M; m++) sum[r][m] = splat(0);
 }
 
-template <bool Whole, int M>
-INLINE void direct_step(Row& row, int64_t left, const uint8_t* (&x)[M], f32x16 (&sum)[1][M]) {
-    u8x64 u[1][4];
-    f32x16 scales[1] = {unpack_step<Whole>(row, left, u[0])};
+template <bool Whole, int R, int M>
+INLINE void direct_step(Row (&rows)[R], int64_t left, const uint8_t* (&x)[M], f32x16 (&sum)[R][M]) {
+    u8x64 u[R][4];
+    f32x16 scales[R];
+    UNROLL for (int r = 0; r < R; r++) {
+        scales[r] = unpack_step<Whole>(rows[r], left, u[r]);
+        rows[r].codes += kStep / 2, rows[r].scales += kStep / kBlock;
+    }
     add_steps(sum, u, scales, x);
-    row.codes += kStep / 2, row.scales += kStep / kBlock;
 }
 
-// Sums of a row and M tokens, weights unpacked on the way; lanes to sums[m][place][16]. One row at a
-// time: memory is read fastest in one stream.
-template <int M>
-inline void dot_direct(const Matrix& w, int64_t number, const Token* tokens, float* sums, int64_t place) {
-    f32x16 sum[1][M];
+// Sums of M tokens and R rows, `first` and those `apart` from it; weights are unpacked on the way.
+// Lanes to sums[m][place + r * apart][16].
+template <int R, int M>
+inline void dot_direct(const Matrix& w, int64_t first, int64_t apart, const Token* tokens, float* sums,
+                       int64_t place) {
+    f32x16 sum[R][M];
     clear_sums(sum);
-    Row row = row_of(w, number);
+    Row rows[R];
     const uint8_t* x[M];
+    UNROLL for (int r = 0; r < R; r++) {
+        int64_t number = first + r * apart;
+        rows[r] = row_of(w, number < w.rows ? number : w.rows - 1);
+    }
     UNROLL for (int m = 0; m < M; m++) x[m] = (const uint8_t*)tokens[m].x;
     int64_t whole = w.cols / kStep, left = w.cols % kStep;
-    for (int64_t s = 0; s < whole; s++) direct_step<true>(row, 0, x, sum);
-    if (left) direct_step<false>(row, left, x, sum);
-    store_sums(sum, sums, place);
+    // With two rows products take longer than reading: read the next tile meanwhile.
+    int64_t ahead = kPanelRows * (w.cols >> 1), ahead_scales = kPanelRows * (w.cols >> 4);
+    for (int64_t s = 0; s < whole; s++) {
+        if constexpr (R > 1)
+            UNROLL for (int r = 0; r < R; r++) {
+                prefetch_far(rows[r].codes + ahead), prefetch_far(rows[r].codes + ahead + 64);
+                if (s % 4 == 0) prefetch_far(rows[r].scales + ahead_scales);
+            }
+        direct_step<true>(rows, 0, x, sum);
+    }
+    if (left) direct_step<false>(rows, left, x, sum);
+    store_sums(sum, sums, place, apart);
 }
 
 // The same for two rows of a panel of unpacked rows, codes [16, steps, 256] and scales
@@ -210,11 +229,19 @@ inline void finish_rows(const Matrix& w, const Token* tokens, int64_t m, const f
     }
 }
 
+// One row at a time for one or two tokens, where memory is the limit: it is read fastest in one
+// stream. Two rows for more, where inputs are, which both share; they lie half a tile apart, since
+// two streams in one page of memory keep the processor from reading ahead.
 template <int M>
 inline void int8_direct(const Matrix& w, int64_t begin, int64_t end, const Token* tokens, float* sums) {
+    constexpr int64_t half = kPanelRows / 2;
     for (int64_t row = begin; row < end; row += kPanelRows) {
         int64_t num = end - row < kPanelRows ? end - row : kPanelRows;
-        for (int64_t i = 0; i < num; i++) dot_direct<M>(w, row + i, tokens, sums, i);
+        if constexpr (M <= 2) {
+            for (int64_t i = 0; i < num; i++) dot_direct<1, M>(w, row + i, 0, tokens, sums, i);
+        } else {
+            for (int64_t i = 0; i < half; i++) dot_direct<2, M>(w, row + i, half, tokens, sums, i);
+        }
         finish_rows(w, tokens, M, sums, row, num);
     }
 }
@@ -622,13 +649,17 @@ inline void matmul_int8(const Matrix& w, int64_t begin, int64_t end, const Token
         if (t < num_tokens) int8_sparse<1>(w, begin, end, tokens + t, scratch);
         return;
     }
-    switch (num_tokens) {
-        case 0: return;
-        case 1: return int8_direct<1>(w, begin, end, tokens, sums);
-        case 2: return int8_direct<2>(w, begin, end, tokens, sums);
-        case 3: return int8_direct<3>(w, begin, end, tokens, sums);
-        case 4: return int8_direct<4>(w, begin, end, tokens, sums);
-        default: return int8_panels(w, begin, end, tokens, num_tokens, sums, scratch);
+    if (num_tokens > kDirectInt8) return int8_panels(w, begin, end, tokens, num_tokens, sums, scratch);
+    // A few rows at a time, so that further passes find them in a cache.
+    int64_t size = num_tokens > 4 ? kPanelRows : end - begin;
+    for (int64_t row = begin; row < end; row += size) {
+        int64_t stop = row + size < end ? row + size : end;
+        for (int64_t t = 0; t < num_tokens; t += 4) switch (num_tokens - t) {
+                case 1: int8_direct<1>(w, row, stop, tokens + t, sums); break;
+                case 2: int8_direct<2>(w, row, stop, tokens + t, sums); break;
+                case 3: int8_direct<3>(w, row, stop, tokens + t, sums); break;
+                default: int8_direct<4>(w, row, stop, tokens + t, sums); break;
+            }
     }
 }
 
