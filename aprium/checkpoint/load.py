@@ -312,9 +312,7 @@ class _Part(NamedTuple):
     expert: int | None
 
 
-def _place(
-    model: HybridModel, tensors: Mapping[str, StoredTensor]
-) -> dict[str, list[_Part]]:
+def _place(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> dict[str, list[_Part]]:
     """Return the parts of each parameter; each must be filled once, in one dtype."""
     parameters = dict(model.named_parameters())
     places: dict[str, list[_Part]] = {}

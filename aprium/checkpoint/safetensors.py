@@ -262,7 +262,9 @@ class FileReader:
             except OSError as error:
                 raise CheckpointError(f"cannot read {self._file}: {error.strerror}") from error
             if not count:
-                raise CheckpointError(f"{self._file}: truncated while tensor {stored.name!r} was read")
+                raise CheckpointError(
+                    f"{self._file}: truncated while tensor {stored.name!r} was read"
+                )
             done += count
 
     def close(self, *, forget: bool) -> None:

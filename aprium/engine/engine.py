@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from aprium.base.errors import ConfigError, RequestError
-from aprium.base.records import Delta, Request, Timings
 from aprium.base.memory import available_bytes
+from aprium.base.records import Delta, Request, Timings
 from aprium.checkpoint.load import LOAD_MODES, Checkpoint, load_checkpoint
 from aprium.engine.cache import Cache
 from aprium.engine.memory import plan_cache

@@ -71,7 +71,6 @@ class Matrix(nn.Module):
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """Return the matrix (of one expert of a stack) as values of `dtype`, [out, in]."""
-
         if self.format is None:
             return self.pick("weight", expert).to(dtype)
         pick = functools.partial(self.pick, expert=expert)

@@ -7,6 +7,7 @@ meaning PyTorch; otherwise the fastest that the processor has is taken.
 """
 
 import functools
+import importlib
 import os
 from types import ModuleType
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 
 from aprium.base.errors import ConfigError
 
+_library: ModuleType | None = None
+_missing: str | None = None
 try:
-    from aprium.ops import _kernels as _library
+    _library = importlib.import_module("aprium.ops._kernels")
 except ImportError as _error:  # built without a compiler, or for another machine
-    _library, _missing = None, str(_error)
+    _missing = str(_error)
 
 ISAS = ("avx512", "avx2", "scalar")
 
@@ -30,7 +33,7 @@ def library() -> ModuleType | None:
 
 def missing() -> str | None:
     """Say why there is no library; None when there is one."""
-    return None if _library else _missing
+    return _missing
 
 
 @functools.cache

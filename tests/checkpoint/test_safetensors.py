@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from aprium.base.errors import CheckpointError
 from aprium.checkpoint.safetensors import (
     DTYPES,
-    Entry,
     Arena,
+    Entry,
     FileReader,
     MappedFile,
     read_directory,

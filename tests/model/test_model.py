@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aprium.model.config import ModelConfig
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel, Routing
 from aprium.model.presets import PRESETS
@@ -22,9 +23,9 @@ def toy() -> HybridModel:
     return random_model(TOY, 0)
 
 
-def dirty_state(num_slots: int = 4, num_pages: int = 40) -> HybridState:
+def dirty_state(config: ModelConfig = TOY) -> HybridState:
     """A state full of another sequence's leftovers, as a recycled one is."""
-    state = HybridState.allocate(TOY, num_slots=num_slots, num_pages=num_pages, page_size=PAGE)
+    state = HybridState.allocate(config, num_slots=4, num_pages=40, page_size=PAGE)
     for group in (state.conv, state.ssm, state.keys, state.values):
         for buffer in group:
             buffer.fill_(float("nan"))
@@ -39,7 +40,7 @@ def pages_of(sequence: int) -> list[int]:
 @torch.inference_mode()
 def run_schedule(model: HybridModel, prompts: list[torch.Tensor], steps: list[list[int]]):
     """Run `steps` (tokens of each sequence at each step); return each sequence's hidden states."""
-    state, done = dirty_state(), [0] * len(prompts)
+    state, done = dirty_state(model.config), [0] * len(prompts)
     collected: list[list[torch.Tensor]] = [[] for _ in prompts]
     for step in steps:
         active = [i for i, n in enumerate(step) if n]
