@@ -189,6 +189,48 @@ def info(target: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("model", default="pico")
+@click.option("--prompt", default=512, help="Tokens of each prompt.")
+@click.option("--generate", default=128, help="Tokens generated after each.")
+@click.option("--batch", default="1,4,8", help="Sequences at once, with commas.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_engine_options
+def bench(
+    model: str, prompt: int, generate: int, batch: str, as_json: bool, **options: Any
+) -> None:
+    """Measure prefill and decode here, and what share of the machine's limits they reach.
+
+    MODEL is a checkpoint directory or pico, or with --load-format dummy a preset.
+    """
+    sizes = _batches(batch)
+    configure_logging("WARNING")
+    from aprium.engine import bench as benchmark
+    from aprium.engine.engine import Engine, EngineConfig
+    from aprium.ops import _native
+
+    settings: dict[str, Any] = {"max_model_len": prompt + generate} | _split(options)[1]
+    engine = Engine(EngineConfig(model=model, max_num_seqs=max(sizes), **settings))
+    results = [
+        benchmark.bench(engine, prompt=prompt, generate=generate, batch=size) for size in sizes
+    ]
+    if as_json:
+        facts = {"model": model, "isa": _native.isa(), "load": engine.checkpoint.load}
+        click.echo(json.dumps(facts | {"results": benchmark.as_json(results)}))
+    else:
+        click.echo(benchmark.render(results))
+
+
+def _batches(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise click.UsageError(f"--batch {text}: give positive numbers with commas, as in 1,4,8")
+    return sizes
+
+
+@cli.command()
 @click.option("--recipe", required=True, type=click.Path(path_type=Path), help="A TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 def pretrain(recipe: Path, settings: tuple[str, ...]) -> None:

@@ -150,6 +150,24 @@ class ModelConfig:
         return self.latent_size or self.hidden_size
 
     @property
+    def active_matrix_params(self) -> int:
+        """Weights that multiply one token in the backbone's layers: no embedding, no head."""
+        dim, inner, shared = (
+            self.hidden_size,
+            self.mamba_inner,
+            self.shared_expert_intermediate_size,
+        )
+        latent = 2 * dim * self.latent_size if self.latent_size else 0
+        experts = 2 * self.num_active_experts * self.expert_dim * self.expert_intermediate_size
+        each = {
+            "mamba": dim * (self.in_proj_dim + inner),
+            "attention": 2 * dim * self.head_dim * (self.num_heads + self.num_kv_heads),
+            "mlp": 2 * dim * self.intermediate_size,
+            "moe": dim * self.num_experts + latent + experts + 2 * dim * shared,
+        }
+        return sum(each[kind] for kind in self.layers)
+
+    @property
     def pattern(self) -> str:
         """The layers as letters: M Mamba-2, E MoE, * attention, - MLP."""
         return "".join(KIND_LETTERS[kind] for kind in self.layers)
