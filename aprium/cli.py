@@ -220,6 +220,22 @@ def bench(
         click.echo(benchmark.render(results))
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine can do: kernels, memory, bandwidth, and each model's bounds here.
+
+    Ends with status 1 when kernels do not agree with PyTorch.
+    """
+    configure_logging("WARNING")
+    from aprium.engine import doctor as doctor_
+
+    facts = doctor_.diagnose()
+    click.echo(json.dumps(facts, indent=2) if as_json else doctor_.render(facts))
+    if not doctor_.agrees(facts):
+        sys.exit(1)
+
+
 def _batches(text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]

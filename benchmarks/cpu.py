@@ -2,10 +2,10 @@
 
 python benchmarks/cpu.py CHECKPOINT --llama BIN_DIR --gguf FILE [--runs 3] [--isa avx512]
 
-BIN_DIR holds llama-bench and llama-batched-bench; FILE a model of the same shape at the same bits a
-weight (`benchmarks/random_checkpoint.py` writes CHECKPOINT). Each run loads one program after the
-other, since two full-size models do not fit side by side. Prints one JSON line a case: medians of the
-runs, and the median of the ratios of neighbouring runs, ours over theirs.
+BIN_DIR holds llama-bench and llama-batched-bench; FILE a model of the same shape at the same bits
+a weight (`benchmarks/random_checkpoint.py` writes CHECKPOINT). Each run loads one program after
+the other, since two full-size models do not fit side by side. Prints one JSON line a case: medians
+of the runs, and the median of the ratios of neighbouring runs, ours over theirs.
 """
 
 import argparse

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aprium.base.errors import ConfigError
+from aprium.base.log import get_logger
 from aprium.model.config import NVFP4_TENSORS, QuantConfig
 from aprium.model.layout import Layout
 from aprium.model.linear import Linear, Matrix
@@ -189,6 +190,12 @@ def bind(model: Any, activation_dtype: str = "auto", machine: Any = None) -> Non
             raise ConfigError(
                 f"activation_dtype is {activation_dtype!r}: that needs the native kernels ({why}); "
                 "use auto"
+            )
+        if _native.missing():
+            get_logger("model").warning(
+                "the native kernels are not installed (%s): generation runs in PyTorch, many times "
+                "slower; `aprium doctor` says what to do",
+                _native.missing(),
             )
         return
     native = NativeModel(model, machine, chosen)
