@@ -1,4 +1,4 @@
-"""What this machine is for inference: kernels, memory, bandwidth, and what each model would do here.
+"""What this machine is for inference: kernels, memory, bandwidth, and each model's bounds here.
 
 Measures rather than guesses: read bandwidth over memory larger than caches, the peak of each dot
 product, and whether kernels give what PyTorch gives. The rates of models are bounds from those
@@ -72,7 +72,7 @@ def _huge_pages() -> str:
 
 
 def _disagreement(isa: str) -> float:
-    """Return the largest difference from PyTorch of toy's hidden states, relative to the largest."""
+    """Return the largest difference from PyTorch of toy's hidden states, relative."""
     library = _native.library()
     assert library is not None
     tokens = torch.arange(40) % 200
@@ -92,7 +92,7 @@ def _forward(model: HybridModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _bounds(name: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return whether a preset's weights fit, and the rates that bandwidth and peak allow at most."""
+    """Return whether a preset fits, and the rates that bandwidth and peak allow at most."""
     info = model_info(name)
     sizes, params, active = (
         info[key] for key in ("weights_bytes_by_role", "params_by_role", "params_active_by_role")
