@@ -82,3 +82,30 @@ def test_bad_sampling_is_one_line(checkpoint: Path, capsys: pytest.CaptureFixtur
     arguments = ["generate", str(checkpoint), "--prompt", "x", "--temperature", "-1"]
     assert cli.main(arguments) == 1
     assert capsys.readouterr().err.startswith("aprium: error: temperature is -1")
+
+
+def test_bench(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prompt", "20", "--generate", "5", "--batch", "1,3"]
+    found = json.loads(run(capsys, "bench", str(checkpoint), *options, "--json"))
+    assert [r["batch"] for r in found["results"]] == [1, 3]
+    for result in found["results"]:
+        assert result["prefill_tokens_per_s"] > 0 and result["decode_tokens_per_s"] > 0
+    lines = run(capsys, "bench", str(checkpoint), *options).splitlines()
+    assert len(lines) == 3 and "decode tok/s" in lines[0]
+    assert cli.main(["bench", str(checkpoint), "--batch", "1,none"]) == 2
+    assert "--batch 1,none" in capsys.readouterr().err
+    assert cli.main(["bench", str(checkpoint), "--generate", "1"]) == 1
+    assert "generate is 1: it must be at least 2" in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads(run(capsys, "doctor", "--json"))
+    assert facts["isa"] in (*facts["supported"], "none")
+    assert all(error < 1e-4 for error in facts["agreement"].values())
+    if facts["supported"]:
+        models = facts["models"]
+        assert models["pico"]["fits"] and not models["ultra"]["fits"]
+        ultra, nano = (models[n]["decode_tokens_per_s_at_most"] for n in ("ultra", "nano-nvfp4"))
+        assert nano > 10 * ultra
+    text = run(capsys, "doctor")
+    assert "kernels" in text and "memory" in text
