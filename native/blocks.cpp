@@ -20,15 +20,15 @@ int64_t stored_bytes(const Matrix& w, int64_t rows) {
     }
 }
 
-// Rows of a task: long pieces for few tokens, since memory is read fastest in long runs; as short as
-// kernels allow for many.
-int64_t chunk_rows(const Matrix& w, int64_t num_tokens, int num_threads) {
-    constexpr int64_t kTaskBytes = 512 << 10;
-    bool transposed = w.format == Format::nvfp4_transposed;
-    int64_t unit = transposed ? kGroup : 16;
-    if (num_tokens > 4) return unit;
-    int64_t rows = std::min(kTaskBytes / stored_bytes(w, 1), ceil_div(w.rows, num_threads));
-    return std::max(unit, ceil_div(rows, unit) * unit);
+// Rows of the next task of `w` when `left` bytes of the region are still to be handed out. For few
+// tokens pieces are long, since memory is read fastest in long runs, and shorter towards the end, so
+// that threads end together; for many as short as kernels allow.
+int64_t chunk_rows(const Matrix& w, int64_t num_tokens, int64_t left, int num_threads) {
+    constexpr int64_t kMost = 512 << 10, kLeast = 48 << 10;
+    int64_t unit = w.format == Format::nvfp4_transposed ? kGroup : 16;
+    if (num_tokens > 16) return unit;
+    int64_t bytes = std::clamp(left / (2 * num_threads), kLeast, kMost);
+    return std::max(unit, bytes / stored_bytes(w, 1) / unit * unit);
 }
 
 }  // namespace
@@ -44,14 +44,17 @@ void Machine::pack(Packed& packed, Precision precision, const float* x, int64_t 
 
 void Machine::multiply(const std::vector<Job>& jobs) {
     chunks_.clear();
-    int64_t work = 0;
+    int64_t work = 0, left = 0;
+    for (const Job& job : jobs) left += stored_bytes(job.weight->matrix, job.weight->matrix.rows);
+    counters.bytes += left;
     for (size_t j = 0; j < jobs.size(); j++) {
         const Matrix& w = jobs[j].weight->matrix;
-        int64_t size = chunk_rows(w, jobs[j].num_tokens, pool.num_threads());
-        for (int64_t row = 0; row < w.rows; row += size)
-            chunks_.push_back({(int32_t)j, row, std::min(row + size, w.rows)});
+        for (int64_t row = 0, end; row < w.rows; row = end) {
+            end = std::min(row + chunk_rows(w, jobs[j].num_tokens, left, pool.num_threads()), w.rows);
+            chunks_.push_back({(int32_t)j, row, end});
+            left -= stored_bytes(w, end - row);
+        }
         work += w.rows * w.cols * jobs[j].num_tokens;
-        counters.bytes += stored_bytes(w, w.rows);
     }
     auto compute = [&](int64_t i, int thread) {
         const Chunk& chunk = chunks_[i];

@@ -184,7 +184,7 @@ inline void dot_direct(const Matrix& w, int64_t first, int64_t apart, const Toke
     // With two rows products take longer than reading: read the next tile meanwhile.
     int64_t ahead = kPanelRows * (w.cols >> 1), ahead_scales = kPanelRows * (w.cols >> 4);
     for (int64_t s = 0; s < whole; s++) {
-        if constexpr (R > 1)
+        if constexpr (R > 1 || M > 1)
             UNROLL for (int r = 0; r < R; r++) {
                 prefetch_far(rows[r].codes + ahead), prefetch_far(rows[r].codes + ahead + 64);
                 if (s % 4 == 0) prefetch_far(rows[r].scales + ahead_scales);

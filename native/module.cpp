@@ -146,6 +146,23 @@ double peak(Machine& m, const std::string& precision) {
     return done * m.pool.num_threads() / took;
 }
 
+// Where a model's generation state lies: addresses by layer, as in `HybridState`.
+struct State {
+    std::vector<uintptr_t> conv, ssm, keys, values;
+    bool half;
+};
+
+// All layers of a model in order, run by one call: between layers that stream through memory, every
+// line of Python would run from a cold cache.
+struct Program {
+    std::vector<std::function<void(Machine&, float*, const Step&, const State&)>> layers;
+
+    void run(Machine& machine, float* x, const Step& step, const State& state) const {
+        Clock clock(machine);
+        for (auto& layer : layers) layer(machine, x, step, state);
+    }
+};
+
 }  // namespace
 }  // namespace aprium
 
@@ -216,34 +233,18 @@ NB_MODULE(_kernels, module) {
                  new (self) Mamba{copy(norm), eps, in_proj, out_proj, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
                                   copy(conv_weight), copy(conv_bias), copy(a), copy(d), copy(dt_bias), copy(mixer_norm),
                                   dt_min, dt_max};
-             })
-        .def("run",
-             [](const Mamba& self, Machine& m, uintptr_t x, const Step& step, uintptr_t conv, uintptr_t ssm) {
-                 Clock clock(m);
-                 self.run(m, at<float>(x), step, at<float>(conv), at<float>(ssm));
-             }, Release());
+             });
     nb::class_<Attention>(module, "Attention")
         .def("__init__",
              [](Attention* self, View norm, float eps, const Weight& q, const Weight& k, const Weight& v,
                 const Weight& o, int64_t heads, int64_t kv_heads, int64_t head_dim) {
                  new (self) Attention{copy(norm), eps, q, k, v, o, heads, kv_heads, head_dim};
-             })
-        .def("run",
-             [](const Attention& self, Machine& m, uintptr_t x, const Step& step, uintptr_t keys, uintptr_t values,
-                bool half) {
-                 Clock clock(m);
-                 self.run(m, at<float>(x), step, at<void>(keys), at<void>(values), half);
-             }, Release());
+             });
     nb::class_<MlpBlock>(module, "Mlp")
         .def("__init__",
              [](MlpBlock* self, View norm, float eps, const Weight& up, const Weight& down) {
                  new (self) MlpBlock{copy(norm), eps, {up, down}};
-             })
-        .def("run",
-             [](const MlpBlock& self, Machine& m, uintptr_t x, const Step& step) {
-                 Clock clock(m);
-                 self.run(m, at<float>(x), step.num_tokens);
-             }, Release());
+             });
     nb::class_<Moe>(module, "Moe")
         .def("__init__",
              [](Moe* self, View norm, float eps, const Weight& gate, View bias, std::array<int64_t, 3> choice,
@@ -258,10 +259,42 @@ NB_MODULE(_kernels, module) {
                  Router router{gate, copy(bias), choice[0], choice[1], choice[2], normalise, scale};
                  new (self) Moe{copy(norm), eps, std::move(router), all(up), all(down), {shared_up, shared_down},
                                 std::move(to_latent), std::move(from_latent)};
-             })
+             });
+
+    nb::class_<State>(module, "State")
+        .def("__init__",
+             [](State* self, std::vector<uintptr_t> conv, std::vector<uintptr_t> ssm, std::vector<uintptr_t> keys,
+                std::vector<uintptr_t> values, bool half) {
+                 new (self) State{std::move(conv), std::move(ssm), std::move(keys), std::move(values), half};
+             });
+    nb::class_<Program>(module, "Program")
+        .def(nb::init<>())
+        .def("add",
+             [](Program& self, const Mamba& layer, int64_t index) {
+                 self.layers.push_back([&layer, index](Machine& m, float* x, const Step& step, const State& state) {
+                     layer.run(m, x, step, at<float>(state.conv[index]), at<float>(state.ssm[index]));
+                 });
+             }, nb::keep_alive<1, 2>())
+        .def("add",
+             [](Program& self, const Attention& layer, int64_t index) {
+                 self.layers.push_back([&layer, index](Machine& m, float* x, const Step& step, const State& state) {
+                     layer.run(m, x, step, at<void>(state.keys[index]), at<void>(state.values[index]), state.half);
+                 });
+             }, nb::keep_alive<1, 2>())
+        .def("add",
+             [](Program& self, const MlpBlock& layer, int64_t) {
+                 self.layers.push_back([&layer](Machine& m, float* x, const Step& step, const State&) {
+                     layer.run(m, x, step.num_tokens);
+                 });
+             }, nb::keep_alive<1, 2>())
+        .def("add",
+             [](Program& self, const Moe& layer, int64_t) {
+                 self.layers.push_back([&layer](Machine& m, float* x, const Step& step, const State&) {
+                     layer.run(m, x, step.num_tokens);
+                 });
+             }, nb::keep_alive<1, 2>())
         .def("run",
-             [](const Moe& self, Machine& m, uintptr_t x, const Step& step) {
-                 Clock clock(m);
-                 self.run(m, at<float>(x), step.num_tokens);
+             [](const Program& self, Machine& m, uintptr_t x, const Step& step, const State& state) {
+                 self.run(m, at<float>(x), step, state);
              }, Release());
 }

@@ -102,16 +102,12 @@ class Linear(Matrix):
     ) -> None:
         fmt = quant.formats.get(name)
         super().__init__((out_features, in_features), fmt, quant.layout, dtype, name)
-        self.name, self.out_features = name, out_features
-        self.native: Callable[[Tensor], Tensor] | None = None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
         if kv_scale is not None:
             self.register_parameter(kv_scale, _frozen((), torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [T, in] to [T, out] in the dtype of `x`."""
-        if self.native is not None and not torch.is_grad_enabled():
-            return self.native(x)
         return linear(x, self.dense(x.dtype), self.bias)
 
 

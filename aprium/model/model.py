@@ -8,7 +8,7 @@ G groups, E experts, A active experts, L latent, V vocabulary.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aprium.model.config import ModelConfig, QuantConfig
 from aprium.model.layout import Layout
 from aprium.model.linear import Experts, Linear
-from aprium.model.native import NativeModel, Run
+from aprium.model.native import NativeModel
 from aprium.model.state import HybridState
 from aprium.ops import attention, conv, moe, ssd
 from aprium.ops.activation import sigmoid, silu
@@ -60,16 +60,12 @@ class Build(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a mixer needs of the step: the layout, the state, and this layer's place in it.
-
-    `step` is the layout as native kernels take it, where they run.
-    """
+    """What a mixer needs of the step: the layout, the state, and this layer's place in it."""
 
     layout: Layout
     state: HybridState | None
     index: int
     routing: list[Routing] | None
-    step: Any = None
 
 
 class Norm(nn.Module):
@@ -278,14 +274,9 @@ class Block(nn.Module):
         self.kind = kind
         self.norm = Norm(build, build.config.hidden_size)
         self.mixer = _mixer(build, kind, f"{name}.mixer")
-        self.native: Run | None = None  # the same layer in native/, where it is bound
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Map the residual stream `x` [T, D] to [T, D]; with a native step, in place."""
-        if context.step is not None:
-            assert self.native is not None and context.state is not None
-            self.native(x, context.step, context.state, context.index)
-            return x
+        """Map the residual stream `x` [T, D] to [T, D]."""
         return x + self.mixer(self.norm(x), context)
 
 
@@ -381,27 +372,26 @@ class HybridModel(nn.Module):
         With a `state`, each segment continues its sequence and the state is advanced in place.
         `routing` collects one record per MoE layer.
         """
-        step = self._native_step(layout, state, routing)
-        x = self._embed(tokens, step)
+        native = self._native(state, routing)
+        if native is not None and state is not None:
+            embedded = self._embed(tokens).float()
+            return native.norm(native.backbone(embedded, native.step(layout), state))
+        x = self._embed(tokens)
         indices = {"mamba": 0, "attention": 0}
         for block in self.backbone.layers:
             assert isinstance(block, Block)
             index = indices.get(block.kind, 0)
-            x = block(x, Context(layout, state, index, routing, step))
+            x = block(x, Context(layout, state, index, routing))
             if block.kind in indices:
                 indices[block.kind] += 1
-        if step is not None:
-            assert self.native is not None
-            return self.native.norm(x)
         return self.backbone.norm_f(x)
 
-    def _native_step(
-        self, layout: Layout, state: HybridState | None, routing: list[Routing] | None
-    ) -> Any:
-        """Return the step for native kernels, or None where PyTorch runs: in training."""
-        if self.native is None or state is None or routing is not None or torch.is_grad_enabled():
-            return None
-        return self.native.step(layout)
+    def _native(
+        self, state: HybridState | None, routing: list[Routing] | None
+    ) -> NativeModel | None:
+        """Return the native kernels where they run: in generation, but not in training."""
+        trains = state is None or routing is not None or torch.is_grad_enabled()
+        return None if trains else self.native
 
     @property
     def head_weight(self) -> Tensor:
@@ -437,12 +427,16 @@ class HybridModel(nn.Module):
         layers = list(self.mtp.layers)[head * size : (head + 1) * size]
         first, last = layers[0], layers[-1]
         assert isinstance(first, PredictionLayer) and isinstance(last, PredictionLayer)
-        step = self._native_step(layout, state, routing)
-        embedded = first.enorm(self._embed(next_tokens, step))
-        x = first.eh_proj(torch.cat((embedded, first.hnorm(hidden)), -1))
+        embedded = first.enorm(self._embed(next_tokens))
+        joined = torch.cat((embedded, first.hnorm(hidden)), -1)
+        native = self._native(state, routing)
+        if native is not None and state is not None:
+            x = native.head(joined.float(), native.step(layout), state, head)
+            return last.final_layernorm(x)
+        x = first.eh_proj(joined)
         index = config.layers.count("attention")
         for block in layers:
-            x = block(x, Context(layout, state, index, routing, step))
+            x = block(x, Context(layout, state, index, routing))
             index += isinstance(block, Block) and block.kind == "attention"
         return last.final_layernorm(x)
 
@@ -466,10 +460,8 @@ class HybridModel(nn.Module):
             drafted.append(tokens)
         return torch.stack(drafted, 1)
 
-    def _embed(self, tokens: Tensor, step: Any = None) -> Tensor:
-        """Look `tokens` up; native kernels keep the residual stream in float32."""
-        dtype = self.compute_dtype if step is None else torch.float32
-        return F.embedding(tokens, self.backbone.embeddings.weight).to(dtype)
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.backbone.embeddings.weight).to(self.compute_dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""A model's layers on the native kernels: one call a block, weights used where they lie in memory.
+"""A model's layers on the native kernels: one call a step, weights used where they lie in memory.
 
 `bind` hands the addresses of a model's weights to the library in `native/`; from then on `forward`
 with a state runs there, in inference on a CPU. What is computed is what `model.py` says, which
@@ -11,17 +11,17 @@ row, so a token's result does not depend on what is computed beside it. Weights 
 float16 and the router always take float32. Source: docs/native.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aprium.base.errors import ConfigError
 from aprium.base.log import get_logger
 from aprium.model.config import NVFP4_TENSORS, QuantConfig
 from aprium.model.layout import Layout
-from aprium.model.linear import Linear, Matrix
+from aprium.model.linear import Matrix
 from aprium.model.state import HybridState
 from aprium.ops import _native
 
@@ -66,6 +66,44 @@ class NativeModel:
         else:
             self._head = self.weight(model.lm_head)
         self._vocab_size = model.config.vocab_size
+        self._state: tuple[HybridState | None, Any] = None, None
+        self._backbone = self._program(model.backbone.layers, 0)
+        head = model.mtp.layers if model.config.num_mtp_layers else ()
+        size, first = len(model.config.mtp_layers), model.config.layers.count("attention")
+        self._heads = [
+            self._program(list(head)[i : i + size], first) for i in range(0, len(head), size or 1)
+        ]
+        self._joins = [self.weight(layer.eh_proj) for layer in list(head)[:: size or 1]]
+        self._width = model.config.hidden_size
+
+    def _program(self, blocks: Iterable[Any], first_attention: int) -> Any:
+        """Bind `blocks`; the first attention layer has that place in the state."""
+        program = _library().Program()
+        indices = {"mamba": 0, "attention": first_attention}
+        for block in blocks:
+            program.add(_BLOCKS[block.kind](self, block), indices.get(block.kind, 0))
+            if block.kind in indices:
+                indices[block.kind] += 1
+        return program
+
+    def backbone(self, x: Tensor, step: Any, state: HybridState) -> Tensor:
+        """Run all layers on the residual stream `x` float32 [T, D], which is mutated."""
+        self._backbone.run(self.machine, x.data_ptr(), step, self._addresses(state))
+        return x
+
+    def head(self, joined: Tensor, step: Any, state: HybridState, index: int) -> Tensor:
+        """Run prediction head `index` on its joined inputs [T, 2 D]; its last norm left out."""
+        x = self.product(self._joins[index], joined, self._width)
+        self._heads[index].run(self.machine, x.data_ptr(), step, self._addresses(state))
+        return x
+
+    def _addresses(self, state: HybridState) -> Any:
+        if self._state[0] is not state:
+            groups = (state.conv, state.ssm, state.keys, state.values)
+            half = any(t.dtype == torch.bfloat16 for t in state.keys)
+            found = _library().State(*([t.data_ptr() for t in g] for g in groups), half)
+            self._state = state, found
+        return self._state[1]
 
     def step(self, layout: Layout) -> Any:
         """Return `layout`'s integers as the library takes them."""
@@ -198,26 +236,14 @@ def bind(model: Any, activation_dtype: str = "auto", machine: Any = None) -> Non
                 _native.missing(),
             )
         return
-    native = NativeModel(model, machine, chosen)
-    for module in model.modules():
-        make = _BLOCKS.get(getattr(module, "kind", None))
-        if make is not None:
-            module.native = make(native, module)
-        elif isinstance(module, Linear) and module.name.endswith(".eh_proj"):
-            weight, rows = native.weight(module), module.out_features
-            module.native = lambda x, weight=weight, rows=rows: native.product(weight, x, rows)
-    model.native = native
+    model.native = NativeModel(model, machine, chosen)
 
 
-# What runs a block: x float32 [T, D] is mutated; `step`, the state and the layer's index in it.
-Run = Callable[[Tensor, Any, HybridState, int], None]
-
-
-def _mamba(native: NativeModel, block: Any) -> Run:
+def _mamba(native: NativeModel, block: Any) -> Any:
     mixer, config = block.mixer, block.mixer.config
     conv = mixer.conv1d
     low, high = config.time_step_limit
-    bound = _library().Mamba(
+    return _library().Mamba(
         native.vector(block.norm.weight),
         config.norm_eps,
         native.weight(mixer.in_proj),
@@ -239,17 +265,11 @@ def _mamba(native: NativeModel, block: Any) -> Run:
         high,
     )
 
-    def run(x: Tensor, step: Any, state: HybridState, index: int) -> None:
-        conv, ssm = state.conv[index].data_ptr(), state.ssm[index].data_ptr()
-        bound.run(native.machine, x.data_ptr(), step, conv, ssm)
 
-    return run
-
-
-def _attention(native: NativeModel, block: Any) -> Run:
+def _attention(native: NativeModel, block: Any) -> Any:
     mixer, config = block.mixer, block.mixer.config
     projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
-    bound = _library().Attention(
+    return _library().Attention(
         native.vector(block.norm.weight),
         config.norm_eps,
         *(native.weight(p) for p in projections),
@@ -258,33 +278,24 @@ def _attention(native: NativeModel, block: Any) -> Run:
         config.head_dim,
     )
 
-    def run(x: Tensor, step: Any, state: HybridState, index: int) -> None:
-        keys, values = state.keys[index], state.values[index]
-        half = keys.dtype == torch.bfloat16
-        address = x.data_ptr()
-        bound.run(native.machine, address, step, keys.data_ptr(), values.data_ptr(), half)
 
-    return run
-
-
-def _mlp(native: NativeModel, block: Any) -> Run:
+def _mlp(native: NativeModel, block: Any) -> Any:
     mixer = block.mixer
-    bound = _library().Mlp(
+    return _library().Mlp(
         native.vector(block.norm.weight),
         block.norm.eps,
         native.weight(mixer.up_proj),
         native.weight(mixer.down_proj),
     )
-    return _stateless(native, bound)
 
 
-def _moe(native: NativeModel, block: Any) -> Run:
+def _moe(native: NativeModel, block: Any) -> Any:
     mixer, config = block.mixer, block.mixer.config
     experts = range(config.num_experts)
     latent = [None, None]
     if config.latent_size is not None:
         latent = [native.weight(mixer.fc1_latent_proj), native.weight(mixer.fc2_latent_proj)]
-    bound = _library().Moe(
+    return _library().Moe(
         native.vector(block.norm.weight),
         config.norm_eps,
         native.router(mixer.gate.weight),
@@ -298,17 +309,10 @@ def _moe(native: NativeModel, block: Any) -> Run:
         native.weight(mixer.shared_experts.down_proj),
         *latent,
     )
-    return _stateless(native, bound)
 
 
-def _stateless(native: NativeModel, bound: Any) -> Run:
-    def run(x: Tensor, step: Any, state: HybridState, index: int) -> None:
-        bound.run(native.machine, x.data_ptr(), step)
-
-    return run
-
-
-_BLOCKS: dict[Any, Callable[[NativeModel, nn.Module], Run]] = {
+# Binds a block by its kind.
+_BLOCKS: dict[str, Callable[[NativeModel, Any], Any]] = {
     "mamba": _mamba,
     "attention": _attention,
     "mlp": _mlp,

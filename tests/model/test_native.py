@@ -118,9 +118,6 @@ def stored(request, tmp_path_factory) -> Iterator[HybridModel]:
 def test_every_format_and_activation_dtype(stored: HybridModel, isa: str) -> None:
     tokens = prompts(stored.config, [23, 2])
     stored.native = None
-    for block in stored.modules():
-        if getattr(block, "kind", None):
-            block.native = None
     reference = forward(stored, tokens)
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.02), ("int8", 0.06)):
         bind(stored, dtype, machine(isa))
@@ -141,6 +138,31 @@ def test_bits_do_not_depend_on_schedule(dtype, stored, schedule, seed) -> None:
         for i, prompt in enumerate(tokens):
             alone = run_schedule(stored, [prompt], [[len(prompt)]])[0]
             assert torch.equal(mixed[i], alone), isa
+
+
+@torch.inference_mode()
+def test_drafts_equal_pytorch() -> None:
+    config = dataclasses.replace(TOY, num_mtp_layers=2)
+    model = random_model(config, 4)
+    tokens = torch.arange(21)
+
+    def draft() -> list[int]:
+        state = dirty_state(config)
+
+        def layout(count: int, done: int) -> Layout:
+            return Layout.build(
+                lengths=[count], context=[done], slots=[0], pages=[pages_of(0)], page_size=8
+            )
+
+        hidden = model(tokens, layout(21, 0), state)
+        model.predict(hidden[:-1], tokens[1:], layout(20, 0), state)
+        steps = [layout(1, 20 + i) for i in range(3)]
+        return model.draft(hidden[-1:], torch.tensor([5]), steps, state)[0].tolist()
+
+    expected = draft()
+    for isa in SUPPORTED:
+        bind(model, "float32", machine(isa))
+        assert draft() == expected
 
 
 def test_training_stays_in_pytorch() -> None:
