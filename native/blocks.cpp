@@ -25,8 +25,10 @@ int64_t stored_bytes(const Matrix& w, int64_t rows) {
 // that threads end together; for many as short as kernels allow.
 int64_t chunk_rows(const Matrix& w, int64_t num_tokens, int64_t left, int num_threads) {
     constexpr int64_t kMost = 512 << 10, kLeast = 48 << 10;
-    int64_t unit = w.format == Format::nvfp4_transposed ? kGroup : 16;
-    if (num_tokens > 16) return unit;
+    bool transposed = w.format == Format::nvfp4_transposed;
+    int64_t unit = transposed ? kGroup : 16;
+    if (num_tokens > (transposed ? 4 : 16)) return unit;
+    if (transposed) return ceil_div(ceil_div(w.rows, num_threads), unit) * unit;  // columns in long runs
     int64_t bytes = std::clamp(left / (2 * num_threads), kLeast, kMost);
     return std::max(unit, bytes / stored_bytes(w, 1) / unit * unit);
 }

@@ -184,7 +184,7 @@ inline void dot_direct(const Matrix& w, int64_t first, int64_t apart, const Toke
     // With two rows products take longer than reading: read the next tile meanwhile.
     int64_t ahead = kPanelRows * (w.cols >> 1), ahead_scales = kPanelRows * (w.cols >> 4);
     for (int64_t s = 0; s < whole; s++) {
-        if constexpr (R > 1 || M > 1)
+        if constexpr (R > 1)
             UNROLL for (int r = 0; r < R; r++) {
                 prefetch_far(rows[r].codes + ahead), prefetch_far(rows[r].codes + ahead + 64);
                 if (s % 4 == 0) prefetch_far(rows[r].scales + ahead_scales);
@@ -322,55 +322,84 @@ struct Folder {  // a stack of partial sums [5][size]; the last is the one being
     }
 };
 
+// The columns of one block that are not zero in all of M tokens, up to a multiple of four, and the
+// tokens' values in them.
+template <int M>
+struct Columns {
+    const uint8_t* rows[16];
+    uint8_t quads[M][16];
+    int used;
+
+    void find(const Matrix& w, const uint8_t* base, int64_t block, const Token* tokens) {
+        memset(quads, 0, sizeof quads);
+        used = 0;
+        int64_t at = block / 16 * kInputStep + block % 16 * 4;
+        for (int i = 0; i < 16; i++) {
+            uint8_t any = 0, q[M];
+            for (int m = 0; m < M; m++) any |= q[m] = ((const uint8_t*)tokens[m].x)[at + i / 4 * 64 + i % 4];
+            if (!any) continue;
+            rows[used] = base + (block * kBlock + kByteColumn[i]) * (w.rows / 2);
+            for (int m = 0; m < M; m++) quads[m][used] = q[m];
+            used++;
+        }
+        for (; used % 4; used++) rows[used] = rows[0];  // beside inputs of zero
+    }
+};
+
+// Add one block to the sums of rows [begin, begin + size), reading the next block's columns ahead:
+// which are wanted is known here and nowhere in the processor.
+template <int M>
+INLINE void add_columns(const Matrix& w, int64_t begin, int64_t size, int64_t block, const Columns<M>& columns,
+                        const Columns<M>& next, int64_t next_block, const Token* tokens, Folder (&folders)[M]) {
+    const uint8_t* scales = w.scales + block * w.rows + begin;
+    const uint8_t* next_scales = w.scales + next_block * w.rows + begin;
+    for (int64_t g = 0; g < size; g += kGroup) {
+        for (int i = 0; i < next.used; i++) prefetch_far(next.rows[i] + g / 2);
+        prefetch_far(next_scales + g), prefetch_far(next_scales + g + 64);
+        if (!columns.used) continue;
+        i32x16 sum[M][8];
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int i = 0; i < 8; i++) sum[m][i] = splat_int(*correction_of(tokens[m].x, block));
+        for (int i = 0; i < columns.used; i += 4) {
+            const uint8_t* four[4];
+            for (int r = 0; r < 4; r++) four[r] = columns.rows[i + r] + g / 2;
+            u8x64 u[8];
+            unpack_quads(four, u);
+            UNROLL for (int m = 0; m < M; m++) {
+                u8x64 q = splat_quad(columns.quads[m] + i);
+                UNROLL for (int n = 0; n < 8; n++) sum[m][n] = dot(sum[m][n], u[n], q);
+            }
+        }
+        UNROLL for (int n = 0; n < 8; n++) {
+            f32x16 scale = scales16(scales + g + 16 * n);
+            UNROLL for (int m = 0; m < M; m++) {
+                float* at = folders[m].top() + g + 16 * n;
+                i32x16 e = splat_int(*exponent_of(tokens[m].x, block));
+                store(at, fma(from_bits(add(bits(to_float(sum[m][n])), e)), scale, load(at)));
+            }
+        }
+    }
+}
+
 // M tokens; columns that are zero in all of them are skipped. Rows [begin, end) in groups of 128.
 template <int M>
 inline void int8_sparse(const Matrix& w, int64_t begin, int64_t end, const Token* tokens, uint8_t* scratch) {
-    int64_t size = end - begin, stride = w.rows / 2, blocks = w.cols / kBlock;
+    int64_t size = end - begin, blocks = w.cols / kBlock;
+    const uint8_t* base = w.data + begin / 2;
     Folder folders[M];
     for (int m = 0; m < M; m++) folders[m] = {(float*)scratch + m * 6 * size, size};
+    Columns<M> columns[2];  // of this block and of the next
+    columns[0].find(w, base, 0, tokens);
+    int now = 0;
     for (int position = 0; position < 16; position++) {
-        int lane = kFoldOrder[position];
         for (int m = 0; m < M; m++) folders[m].clear();
-        for (int64_t b = lane; b < blocks; b += 16) {
-            const uint8_t* rows[16];
-            uint8_t quads[M][16] = {};
-            int used = 0;
-            const uint8_t* base = w.data + b * kBlock * stride + begin / 2;
-            for (int i = 0; i < 16; i++) {
-                int64_t at = b / 16 * kInputStep + i / 4 * 64 + lane * 4 + i % 4;
-                uint8_t any = 0, q[M];
-                for (int m = 0; m < M; m++) any |= q[m] = ((const uint8_t*)tokens[m].x)[at];
-                if (!any) continue;
-                rows[used] = base + kByteColumn[i] * stride;
-                for (int m = 0; m < M; m++) quads[m][used] = q[m];
-                used++;
-            }
-            if (!used) continue;
-            for (; used % 4; used++) rows[used] = rows[0];  // beside inputs of zero
-            const uint8_t* scales = w.scales + b * w.rows + begin;
-            for (int64_t g = 0; g < size; g += kGroup) {
-                i32x16 sum[M][8];
-                UNROLL for (int m = 0; m < M; m++)
-                    UNROLL for (int i = 0; i < 8; i++) sum[m][i] = splat_int(*correction_of(tokens[m].x, b));
-                for (int i = 0; i < used; i += 4) {
-                    const uint8_t* four[4];
-                    for (int r = 0; r < 4; r++) four[r] = rows[i + r] + g / 2;
-                    u8x64 u[8];
-                    unpack_quads(four, u);
-                    UNROLL for (int m = 0; m < M; m++) {
-                        u8x64 q = splat_quad(quads[m] + i);
-                        UNROLL for (int n = 0; n < 8; n++) sum[m][n] = dot(sum[m][n], u[n], q);
-                    }
-                }
-                UNROLL for (int n = 0; n < 8; n++) {
-                    f32x16 scale = scales16(scales + g + 16 * n);
-                    UNROLL for (int m = 0; m < M; m++) {
-                        float* at = folders[m].top() + g + 16 * n;
-                        i32x16 e = splat_int(*exponent_of(tokens[m].x, b));
-                        store(at, fma(from_bits(add(bits(to_float(sum[m][n])), e)), scale, load(at)));
-                    }
-                }
-            }
+        for (int64_t block = kFoldOrder[position]; block < blocks; block += 16) {
+            int64_t next = block + 16;
+            for (int p = position + 1; next >= blocks && p < 16; p++) next = kFoldOrder[p];
+            if (next >= blocks) next = block;
+            columns[!now].find(w, base, next, tokens);
+            add_columns<M>(w, begin, size, block, columns[now], columns[!now], next, tokens, folders);
+            now = !now;
         }
         for (int m = 0; m < M; m++) folders[m].push(position);
     }

@@ -39,6 +39,7 @@ from aprium.checkpoint.safetensors import (
     StoredTensor,
     read_directory,
 )
+from aprium.checkpoint.transposed import read_transposed
 from aprium.model.config import NVFP4_TENSORS, ModelConfig, QuantConfig, read_hf_config
 from aprium.model.linear import Matrix
 from aprium.model.model import HybridModel
@@ -63,7 +64,8 @@ class Checkpoint:
 
     `path` holds tokenizer and template files; None for random weights of a preset. `entries` and
     `naming` are how the files held the tensors, which `save_checkpoint` gives back. `load` is
-    where the weights are: "memory", or "mmap" in the files.
+    where the weights are: "memory", or "mmap" in the files; `transposed` tells whether down
+    projections came from the derived file.
     """
 
     path: Path | None
@@ -74,6 +76,7 @@ class Checkpoint:
     entries: tuple[Entry, ...] = ()
     naming: Naming = field(default_factory=Naming)
     load: LoadMode = "memory"
+    transposed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +96,15 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
     load: LoadMode = "auto",
+    transposed: bool = False,
 ) -> Checkpoint:
     """Load the model that `source` names: a directory, "pico", "toy", or a hub id.
 
     `dtype` is that of activations (float32 by default); weights keep their stored dtype.
     `load_format` "dummy" draws random weights for a directory's `config.json` or a preset, also a
     quantised one such as "nano-nvfp4". `load` is "memory", "mmap", or "auto": memory where the
-    weights fit into what is free. Raises CheckpointError naming file and tensor.
+    weights fit into what is free. `transposed` takes down projections by columns where
+    `checkpoint.transposed` has laid them out. Raises CheckpointError naming file and tensor.
     """
     if load not in LOAD_MODES:
         raise CheckpointError(f"unknown load mode {load!r}: use one of {', '.join(LOAD_MODES)}")
@@ -112,16 +117,27 @@ def load_checkpoint(
     plan = read_plan(resolve(source))
     with torch.device("meta"):
         model = HybridModel(plan.config, plan.quant, compute_dtype=compute_dtype)
-    stored = plan.tensors.values()
+    tensors = dict(plan.tensors)
+    derived = read_transposed(plan.path, tensors) if transposed else {}
+    for name in derived:
+        module = parameter_of(name)[0].rpartition(".")[0]
+        matrix = model.get_submodule(module)
+        assert isinstance(matrix, Matrix)
+        if not matrix.transposed:
+            matrix.set_transposed()
+    tensors |= derived
+    stored = tensors.values()
     size = sum(tensor.end - tensor.start for tensor in stored)
     if load == "auto":
         load = "memory" if size + _SPARE_BYTES <= available_bytes() else "mmap"
     if load == "memory":
-        fill(model, plan.tensors)
+        fill(model, tensors)
     else:
-        attach(model, plan.tensors)
+        attach(model, tensors)
     seconds = time.monotonic() - started
     how = "read into memory" if load == "memory" else "mapped from the file"
+    if derived:
+        how += ", down projections by columns"
     logger.info(
         "%s: %d tensors, %.2f GB %s in %.1f s", plan.path, len(stored), size / 1e9, how, seconds
     )
@@ -131,9 +147,10 @@ def load_checkpoint(
         quant=plan.quant,
         model=model.eval(),
         generation_config=_read_generation_config(plan.path),
-        entries=tuple(Entry(t.name, t.dtype, t.shape) for t in stored),
+        entries=tuple(Entry(t.name, t.dtype, t.shape) for t in plan.tensors.values()),
         naming=plan.naming,
         load=load,
+        transposed=bool(derived),
     )
 
 

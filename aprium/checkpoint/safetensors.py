@@ -38,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
 _MAX_HEADER_BYTES = 100_000_000
 _LINE = 64  # bytes of a cache line
 _HEADER_ALIGNMENT = 8
@@ -81,11 +82,23 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file}: the header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is not a JSON object")
-    header.pop("__metadata__", None)
+    header.pop(_METADATA, None)
     stored = [_read_entry(file, name, entry, 8 + length) for name, entry in header.items()]
     stored.sort(key=lambda tensor: (tensor.start, tensor.end))
     _check_coverage(file, stored, 8 + length, size)
     return {tensor.name: tensor for tensor in stored}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the free text that a file's header carries; raises CheckpointError if unreadable."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, _MAX_HEADER_BYTES)))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the header of {file}: {error}") from error
+    found = header.get(_METADATA) if isinstance(header, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -287,14 +300,19 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def write_file(file: Path, entries: Iterable[Entry], fetch: Callable[[str], Tensor]) -> None:
+def write_file(
+    file: Path,
+    entries: Iterable[Entry],
+    fetch: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write one file; `fetch(name)` gives each tensor when its turn comes.
 
-    Wide types come first, so that every tensor is aligned to its item. Raises CheckpointError when
-    the file cannot be written.
+    Wide types come first, so that every tensor is aligned to its item, otherwise the order is kept.
+    Raises CheckpointError when the file cannot be written.
     """
     ordered = sorted(entries, key=lambda entry: -DTYPES[entry.dtype].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt", **(metadata or {})}}
     position = 0
     for entry in ordered:
         end = position + entry.num_bytes

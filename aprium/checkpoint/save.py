@@ -52,6 +52,11 @@ def save_checkpoint(
             f"{source.path} is mapped, not in memory: copy its files, or load it with "
             'load="memory" before saving'
         )
+    if isinstance(source, Checkpoint) and source.transposed:
+        raise CheckpointError(
+            f"{source.path} was loaded with its down projections by columns: copy its files, or "
+            "load it with transposed=False before saving"
+        )
     target = Path(directory)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ class Matrix(nn.Module):
         super().__init__()
         self.format, self.layout = fmt, layout
         self.parts: dict[str, list[Tensor]] = {}
+        self.transposed = False
         *lead, rows, columns = shape
         head = tuple(lead)
         if fmt is None:
@@ -63,6 +64,18 @@ class Matrix(nn.Module):
         delattr(self, name)
         self.parts[name] = parts
 
+    def set_transposed(self) -> None:
+        """Expect the weight by columns from now on (see `ops.nvfp4.transpose`)."""
+        assert self.format in ("nvfp4", "w4a16_nvfp4")
+        packed = NVFP4_TENSORS[self.layout][0]
+        *lead, rows, half = getattr(self, packed).shape
+        columns = 2 * half
+        with torch.device("meta"):
+            setattr(self, packed, _frozen((*lead, columns, rows // 2), torch.uint8))
+            scales = (*lead, columns // NVFP4_BLOCK, rows)
+            self.weight_scale = _frozen(scales, torch.float8_e4m3fn)
+        self.transposed = True
+
     def pick(self, name: str, expert: int | None = None) -> Tensor:
         """Return a stored tensor, or that of one expert of a stack."""
         if expert is None:
@@ -80,7 +93,10 @@ class Matrix(nn.Module):
         decode = nvfp4.dequantize
         if self.layout == "compressed-tensors":
             decode = nvfp4.dequantize_divided
-        return decode(pick(packed), pick("weight_scale"), pick(scale_2)).to(dtype)
+        codes, scales = pick(packed), pick("weight_scale")
+        if self.transposed:
+            codes, scales = nvfp4.untranspose(codes, scales)
+        return decode(codes, scales, pick(scale_2)).to(dtype)
 
 
 class Linear(Matrix):

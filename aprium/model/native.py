@@ -159,6 +159,9 @@ class NativeModel:
         data, scales, scale = pick(packed), pick("weight_scale"), float(pick(scale_2))
         if matrix.layout == "compressed-tensors":
             scale = 1 / scale
+        if matrix.transposed:
+            shape = (data.shape[1] * 2, data.shape[0])
+            return self._weight("nvfp4_transposed", data, scales.data_ptr(), scale, shape, bias)
         shape = (data.shape[0], data.shape[1] * 2)
         return self._weight("nvfp4", data, scales.data_ptr(), scale, shape, bias)
 

@@ -48,6 +48,31 @@ def dequantize_divided(packed: Tensor, scale: Tensor, global_scale: Tensor) -> T
     return _decode(packed, factor)
 
 
+def transpose(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay a matrix out by columns, so that columns with an input of zero need not be read.
+
+    `packed` uint8 [N, K/2], `scale` float8_e4m3fn [N, K/16], N a multiple of 128. Returns codes
+    uint8 [K, N/2] and scales [K/16, N]. In each 64 bytes of a column, byte 16 l + 4 m + i holds row
+    16 m + 4 l + i in its low nibble and the row 64 further in its high one, which is the order in
+    which native/ unpacks four columns side by side.
+    """
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).T  # [K, N]
+    low, high = (
+        codes.unflatten(1, (-1, 2, 4, 4, 4)).transpose(3, 4).unbind(2)
+    )  # [K, N/128, 4, 4, 4]
+    return (low | high << 4).flatten(1).contiguous(), scale.view(torch.uint8).T.contiguous().view(
+        scale.dtype
+    )
+
+
+def untranspose(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `transpose`."""
+    bytes_ = codes.unflatten(1, (-1, 4, 4, 4)).transpose(2, 3)
+    rows = torch.stack((bytes_ & 15, bytes_ >> 4), 2).flatten(1).T  # [N, K]
+    packed = rows[:, ::2] | rows[:, 1::2] << 4
+    return packed.contiguous(), scales.view(torch.uint8).T.contiguous().view(scales.dtype)
+
+
 def _decode(packed: Tensor, factor: Tensor) -> Tensor:
     """Multiply the values of `packed` by the factor of their block."""
     index = packed.flatten().int()
