@@ -35,13 +35,24 @@ int64_t chunk_rows(const Matrix& w, int64_t num_tokens, int64_t left, int num_th
 
 }  // namespace
 
-void Machine::pack(Packed& packed, Precision precision, const float* x, int64_t num_rows, int64_t cols) {
+template <class F>
+void Machine::pack_rows(Packed& packed, Precision precision, const float* x, int64_t num_rows, int64_t cols,
+                        const F& before) {
     int64_t size = ceil_div(kernels.packed_bytes(precision, cols), 64) * 64;
     uint8_t* buffer = packed.buffer.bytes(size * num_rows);
     packed.tokens.resize(num_rows);
-    each(num_rows, cols, [&](int64_t i, int) {
+    each(num_rows, cols * 4, [&](int64_t i, int) {
+        before(i);
         kernels.pack(precision, x + i * cols, cols, buffer + i * size, packed.tokens[i]);
     });
+}
+
+void Machine::pack(Packed& packed, Precision precision, const float* x, int64_t num_rows, int64_t cols) {
+    pack_rows(packed, precision, x, num_rows, cols, [](int64_t) {});
+}
+
+void Machine::activate_and_pack(Packed& packed, Precision precision, float* x, int64_t num_rows, int64_t cols) {
+    pack_rows(packed, precision, x, num_rows, cols, [&](int64_t i) { kernels.relu_squared(x + i * cols, cols); });
 }
 
 void Machine::multiply(const std::vector<Job>& jobs) {
@@ -77,6 +88,11 @@ void Machine::add_bias(const Weight& weight, float* out, int64_t num_tokens) {
 
 void Machine::linear(const Weight& weight, const float* x, int64_t num_tokens, float* out, Packed& packed) {
     pack(packed, weight.precision, x, num_tokens, weight.matrix.cols);
+    multiply_packed(weight, out, packed);
+}
+
+void Machine::multiply_packed(const Weight& weight, float* out, Packed& packed) {
+    int64_t num_tokens = (int64_t)packed.tokens.size();
     for (int64_t t = 0; t < num_tokens; t++) packed.tokens[t].out = out + t * weight.matrix.rows;
     multiply({{&weight, packed.tokens.data(), num_tokens}});
     add_bias(weight, out, num_tokens);
@@ -183,8 +199,8 @@ void Mlp::run(Machine& m, const float* x, int64_t tokens, float* out) const {
     int64_t hidden = up.matrix.rows;
     float* wide = m.wide.floats(tokens * hidden);
     m.linear(up, x, tokens, wide, m.packed[0]);
-    m.each(tokens, hidden, [&](int64_t t, int) { m.kernels.relu_squared(wide + t * hidden, hidden); });
-    m.linear(down, wide, tokens, out, m.packed[0]);
+    m.activate_and_pack(m.packed[0], down.precision, wide, tokens, hidden);
+    m.multiply_packed(down, out, m.packed[0]);
 }
 
 void MlpBlock::run(Machine& m, float* x, int64_t tokens) const {
@@ -262,10 +278,11 @@ void Moe::run(Machine& m, float* x, int64_t tokens) const {
     for (int64_t i = 0; i < tokens * active; i++) order[place[i] = at[experts[i]]++] = i;
 
     m.pack(m.packed[0], up[0].precision, input, tokens, width);
-    m.pack(m.packed[1], shared.up.precision, normed, tokens, dim);
+    bool same = !to_latent && shared.up.precision == up[0].precision;
+    if (!same) m.pack(m.packed[1], shared.up.precision, normed, tokens, dim);
     float* raised = m.wide.floats(tokens * (active * hidden + shared_hidden));
     float* raised_shared = raised + tokens * active * hidden;
-    std::vector<Token> rows(tokens * active), rows_shared = m.packed[1].tokens;
+    std::vector<Token> rows(tokens * active), rows_shared = m.packed[same ? 0 : 1].tokens;
     for (int64_t i = 0; i < tokens * active; i++) {
         rows[i] = m.packed[0].tokens[order[i] / active];
         rows[i].out = raised + i * hidden;
@@ -277,12 +294,8 @@ void Moe::run(Machine& m, float* x, int64_t tokens) const {
     m.multiply(jobs);
     m.add_bias(shared.up, raised_shared, tokens);
 
-    m.each(tokens * (active + 1), hidden, [&](int64_t i, int) {
-        if (i < tokens * active) m.kernels.relu_squared(raised + i * hidden, hidden);
-        else m.kernels.relu_squared(raised_shared + (i - tokens * active) * shared_hidden, shared_hidden);
-    });
-    m.pack(m.packed[2], down[0].precision, raised, tokens * active, hidden);
-    m.pack(m.packed[3], shared.down.precision, raised_shared, tokens, shared_hidden);
+    m.activate_and_pack(m.packed[2], down[0].precision, raised, tokens * active, hidden);
+    m.activate_and_pack(m.packed[3], shared.down.precision, raised_shared, tokens, shared_hidden);
     float* lowered = m.narrow.floats(tokens * (active * width + dim));
     float* lowered_shared = lowered + tokens * active * width;
     for (int64_t i = 0; i < tokens * active; i++) m.packed[2].tokens[i].out = lowered + i * width;

@@ -56,9 +56,12 @@ class Machine {
     };
 
     void pack(Packed& packed, Precision precision, const float* x, int64_t num_rows, int64_t cols);
+    // Square what is positive in x [num_rows, cols], zero the rest, and pack it.
+    void activate_and_pack(Packed& packed, Precision precision, float* x, int64_t num_rows, int64_t cols);
     void multiply(const std::vector<Job>& jobs);
     // out [T, rows] = x [T, cols] W^T + bias, with `packed` as working memory.
     void linear(const Weight& weight, const float* x, int64_t num_tokens, float* out, Packed& packed);
+    void multiply_packed(const Weight& weight, float* out, Packed& packed);
     void add_bias(const Weight& weight, float* out, int64_t num_tokens);
     void norm(const Floats& weight, float eps, const float* x, int64_t num_tokens, float* out);
     // Call f(i) for i below count, in parallel where there is much to do (`work` values each).
@@ -80,6 +83,9 @@ class Machine {
         int64_t begin, end;
     };
     std::vector<Chunk> chunks_;
+
+    template <class F>
+    void pack_rows(Packed& packed, Precision precision, const float* x, int64_t num_rows, int64_t cols, const F& before);
 };
 
 struct Mamba {

@@ -2,8 +2,8 @@
 
 Squared ReLU makes many inputs of a down projection zero; kernels that find its NVFP4 weights by
 columns skip those columns, and give the same bits. The file holds nothing that the checkpoint does
-not, and is read in place of those tensors, so nothing is in memory twice. A fingerprint of the files
-it was made from says whether it still belongs to them; one that does not is not used.
+not, and is read in place of those tensors, so nothing is in memory twice. A fingerprint of the
+files it was made from says whether it still belongs to them; one that does not is not used.
 """
 
 import hashlib
