@@ -55,11 +55,22 @@ void Machine::activate_and_pack(Packed& packed, Precision precision, float* x, i
     pack_rows(packed, precision, x, num_rows, cols, [&](int64_t i) { kernels.relu_squared(x + i * cols, cols); });
 }
 
+void Machine::count(const Job& job) {
+    const Matrix& w = job.weight->matrix;
+    counters.bytes += stored_bytes(w, w.rows);
+    if (w.format != Format::nvfp4_transposed || job.num_tokens > 4) return;
+    int64_t passes = ceil_div(job.num_tokens, 2), skipped = kernels.skipped_columns(w, job.tokens, job.num_tokens);
+    counters.columns += passes * w.cols, counters.skipped += skipped;
+    counters.bytes -= skipped / passes * (w.rows / 2);
+}
+
 void Machine::multiply(const std::vector<Job>& jobs) {
     chunks_.clear();
     int64_t work = 0, left = 0;
-    for (const Job& job : jobs) left += stored_bytes(job.weight->matrix, job.weight->matrix.rows);
-    counters.bytes += left;
+    for (const Job& job : jobs) {
+        left += stored_bytes(job.weight->matrix, job.weight->matrix.rows);
+        count(job);
+    }
     for (size_t j = 0; j < jobs.size(); j++) {
         const Matrix& w = jobs[j].weight->matrix;
         for (int64_t row = 0, end; row < w.rows; row = end) {

@@ -30,9 +30,11 @@ struct Weight {
     Floats bias;
 };
 
-struct Counters {  // time spent in calls, and weight bytes that their products read
+// Time spent in calls, weight bytes that their products read, and for products with weights by columns
+// how many columns there were and how many were left out.
+struct Counters {
     double seconds = 0;
-    int64_t bytes = 0;
+    int64_t bytes = 0, columns = 0, skipped = 0;
 };
 
 class Machine {
@@ -84,6 +86,7 @@ class Machine {
     };
     std::vector<Chunk> chunks_;
 
+    void count(const Job& job);
     template <class F>
     void pack_rows(Packed& packed, Precision precision, const float* x, int64_t num_rows, int64_t cols, const F& before);
 };

@@ -69,6 +69,8 @@ struct Kernels {
     int64_t (*matmul_scratch)(const Matrix&, Precision, int64_t num_rows, int64_t num_tokens);
     void (*matmul)(const Matrix&, Precision, int64_t row_begin, int64_t row_end, const Token*, int64_t num_tokens,
                    uint8_t* scratch);
+    // Columns that `matmul` leaves out with int8 tokens and transposed weights, over all its passes.
+    int64_t (*skipped_columns)(const Matrix&, const Token*, int64_t num_tokens);
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, float* out);
     void (*relu_squared)(float* x, int64_t size);
     void (*add)(float* x, const float* y, int64_t size);                       // x += y

@@ -408,6 +408,22 @@ inline void int8_sparse(const Matrix& w, int64_t begin, int64_t end, const Token
             store(tokens[m].out + begin + n, mul(load(folders[m].stack + n), splat(tokens[m].scale * w.scale)));
 }
 
+constexpr int64_t kAbreastSparse = 2;  // tokens that share a pass over columns
+
+inline int64_t skipped_columns(const Matrix& w, const Token* tokens, int64_t num_tokens) {
+    if (w.format != Format::nvfp4_transposed || num_tokens > kDirectTokens) return 0;
+    int64_t skipped = 0;
+    for (int64_t t = 0; t < num_tokens; t += kAbreastSparse)
+        for (int64_t block = 0; block < w.cols / kBlock; block++)
+            for (int i = 0; i < 16; i++) {
+                int64_t at = block / 16 * kInputStep + block % 16 * 4 + i / 4 * 64 + i % 4;
+                uint8_t any = ((const uint8_t*)tokens[t].x)[at];
+                if (t + 1 < num_tokens) any |= ((const uint8_t*)tokens[t + 1].x)[at];
+                skipped += !any;
+            }
+    return skipped;
+}
+
 // 16 rows in the lanes, M tokens, from a panel: codes [blocks, 4, 64], scales [blocks, 16], blocks in
 // the order of walking.
 template <int M>
@@ -674,7 +690,8 @@ inline void matmul_int8(const Matrix& w, int64_t begin, int64_t end, const Token
     if (w.format == Format::nvfp4_transposed) {
         if (num_tokens > kDirectTokens) return int8_columns(w, begin, end, tokens, num_tokens, scratch);
         int64_t t = 0;
-        for (; t + 2 <= num_tokens; t += 2) int8_sparse<2>(w, begin, end, tokens + t, scratch);
+        for (; t + kAbreastSparse <= num_tokens; t += kAbreastSparse)
+            int8_sparse<kAbreastSparse>(w, begin, end, tokens + t, scratch);
         if (t < num_tokens) int8_sparse<1>(w, begin, end, tokens + t, scratch);
         return;
     }

@@ -192,8 +192,8 @@ NB_MODULE(_kernels, module) {
         .def_prop_ro("isa", [](const Machine& m) { return m.kernels.name; })
         .def_prop_ro("num_threads", [](const Machine& m) { return m.pool.num_threads(); })
         .def("take_counters",
-             [](Machine& m) {  // since last asked: seconds in kernels, weight bytes read
-                 auto found = std::pair(m.counters.seconds, m.counters.bytes);
+             [](Machine& m) {  // since last asked: seconds in kernels, weight bytes, columns, those skipped
+                 auto found = std::tuple(m.counters.seconds, m.counters.bytes, m.counters.columns, m.counters.skipped);
                  m.counters = {};
                  return found;
              })

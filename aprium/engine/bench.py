@@ -24,8 +24,9 @@ class BenchResult:
     """One batch size. Rates in tokens a second over all sequences, `step_ms` the median step.
 
     `bytes_per_step` is what a decode step moves; `bandwidth_share` of the read bandwidth measured
-    beside it and `overhead_share` the part of decoding outside kernels, both 0 to 1. None where
-    there are no kernels to measure with, or weights fit a cache.
+    beside it, `overhead_share` the part of decoding outside kernels, `skipped_share` the part of
+    down projections' columns left out because their inputs are zero; all 0 to 1. None where there
+    are no kernels to measure with, weights fit a cache, or none lie by columns.
     """
 
     batch: int
@@ -39,6 +40,7 @@ class BenchResult:
     bandwidth_share: float | None
     prefill_peak_share: float | None
     overhead_share: float | None
+    skipped_share: float | None
 
 
 def bench(engine: Engine, *, prompt: int, generate: int, batch: int) -> BenchResult:
@@ -73,7 +75,8 @@ def bench(engine: Engine, *, prompt: int, generate: int, batch: int) -> BenchRes
         begun = time.perf_counter()
         tokens_made += sum(len(delta.tokens) for delta in engine.step())
         steps.append(time.perf_counter() - begun)
-    kernel_s, weight_bytes = native.machine.take_counters() if native else (0.0, 0)
+    counters = native.machine.take_counters() if native else (0.0, 0, 0, 0)
+    kernel_s, weight_bytes, columns, skipped = counters
     decode_s, step_s = sum(steps), statistics.median(steps)
     moved = None
     if native:
@@ -92,6 +95,7 @@ def bench(engine: Engine, *, prompt: int, generate: int, batch: int) -> BenchRes
         bandwidth_share=moved / step_s / bandwidth if moved and bandwidth else None,
         prefill_peak_share=_peak_share(engine, prefill),
         overhead_share=1 - kernel_s / decode_s if native else None,
+        skipped_share=skipped / columns if columns else None,
     )
 
 
@@ -122,7 +126,7 @@ def render(results: list[BenchResult]) -> str:
 
     lines = [
         f"{'batch':>5}{'prefill tok/s':>15}{'decode tok/s':>14}{'step ms':>10}{'GB/step':>9}"
-        f"{'bandwidth':>11}{'peak':>8}{'overhead':>10}"
+        f"{'bandwidth':>11}{'peak':>8}{'overhead':>10}{'skipped':>9}"
     ]
     for r in results:
         moved = "-" if r.bytes_per_step is None else f"{r.bytes_per_step / 1e9:.3f}"
@@ -130,6 +134,7 @@ def render(results: list[BenchResult]) -> str:
             f"{r.batch:>5}{r.prefill_tokens_per_s:>15.1f}{r.decode_tokens_per_s:>14.2f}"
             f"{r.step_ms:>10.2f}{moved:>9}{share(r.bandwidth_share):>11}"
             f"{share(r.prefill_peak_share):>8}{share(r.overhead_share):>10}"
+            f"{share(r.skipped_share):>9}"
         )
     return "\n".join(lines)
 
