@@ -63,9 +63,12 @@ def model_info(target: str) -> dict[str, Any]:
     Sizes are bytes. `params_total` counts every stored weight, the prediction head (`params_mtp`)
     included; `params_active` those that work on one token in the backbone, both embeddings
     included. KV is counted at 2 bytes a value and at the checkpoint's own cache format; the
-    recurrent state has float32 SSM states and 2-byte convolution tails. Raises CheckpointError
+    recurrent state has float32 SSM states and 2-byte convolution tails; the keys with `float32`
+    say what generation with float32 activations holds on a CPU. A directory also has `load`, where
+    its weights would be here, and `transposed`. Raises CheckpointError
     when `target` is none of the three.
     """
+    here: dict[str, Any] = {}
     if target in PRESETS:
         config, quant, table = PRESETS[target], QuantConfig(), tensor_table(PRESETS[target])
     elif target in QUANT_PRESETS:
@@ -73,22 +76,34 @@ def model_info(target: str) -> dict[str, Any]:
         config, quant = PRESETS[preset.base], quant_preset(target)
         table = tensor_table(config, quant, router_dtype=preset.router_dtype)
     elif Path(target).is_dir():
-        config, quant, table = _read_directory(Path(target))
+        config, quant, table, here = _read_directory(Path(target))
     else:
         raise CheckpointError(
             f"{target!r} is neither a checkpoint directory nor a preset: the presets are "
             f"{', '.join((*PRESETS, *QUANT_PRESETS))}"
         )
-    return _facts(target, config, quant, [_stored(n, s, config) for n, s in table.items()])
+    return here | _facts(target, config, quant, [_stored(n, s, config) for n, s in table.items()])
 
 
-def _read_directory(path: Path) -> tuple[ModelConfig, QuantConfig, dict[str, TensorSpec]]:
-    """Read the configuration and the tensor headers of a checkpoint, published names."""
-    from aprium.checkpoint.load import read_plan
+def _read_directory(
+    path: Path,
+) -> tuple[ModelConfig, QuantConfig, dict[str, TensorSpec], dict[str, Any]]:
+    """Read the configuration and the tensor headers of a checkpoint, published names.
+
+    The last are facts of this machine: where "auto" would load the weights, and whether down
+    projections lie by columns.
+    """
+    from aprium.checkpoint.load import choose_load, read_plan
+    from aprium.checkpoint.transposed import read_transposed
 
     plan = read_plan(path)
     table = {name: TensorSpec(t.shape, (t.dtype,)) for name, t in plan.tensors.items()}
-    return plan.config, plan.quant, table
+    size = sum(t.end - t.start for t in plan.tensors.values())
+    here = {
+        "load": choose_load(size),
+        "transposed": bool(read_transposed(path, plan.tensors)),
+    }
+    return plan.config, plan.quant, table, here
 
 
 def _stored(name: str, spec: TensorSpec, config: ModelConfig) -> _Stored:
@@ -153,6 +168,8 @@ def _facts(
         "kv_bytes_per_token_fp8": kv_bytes_per_token(config, 1),
         "kv_bytes_per_token_mtp": kv_bytes_per_token(config, mtp=True) - kv_bytes_per_token(config),
         "state_bytes_per_sequence": state_bytes_per_sequence(config),
+        "kv_bytes_per_token_float32": kv_bytes_per_token(config, 4, mtp=True),
+        "state_bytes_per_sequence_float32": state_bytes_per_sequence(config, 4),
         "max_position_embeddings": config.max_position_embeddings,
         "quantization": _describe(quant),
     }
@@ -230,6 +247,12 @@ def _table(facts: dict[str, Any]) -> str:
     )
     state = facts["state_bytes_per_sequence"]
     lines.append(f"  state         {state:,} bytes per sequence ({_size(state)})")
+    kv, state = facts["kv_bytes_per_token_float32"], facts["state_bytes_per_sequence_float32"]
+    lines.append(f"  on a CPU      {kv:,} bytes per token and {state:,} per sequence in float32")
+    if "load" in facts:
+        where = {"memory": "read into memory", "mmap": "mapped: memory is short"}[facts["load"]]
+        columns = "; down projections by columns" if facts["transposed"] else ""
+        lines.append(f"  here          {where}{columns}")
     lines.append(
         f"  context       {facts['max_position_embeddings']:,} tokens in the configuration"
     )

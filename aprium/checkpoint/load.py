@@ -129,7 +129,7 @@ def load_checkpoint(
     stored = tensors.values()
     size = sum(tensor.end - tensor.start for tensor in stored)
     if load == "auto":
-        load = "memory" if size + _SPARE_BYTES <= available_bytes() else "mmap"
+        load = choose_load(size)
     if load == "memory":
         fill(model, tensors)
     else:
@@ -152,6 +152,11 @@ def load_checkpoint(
         load=load,
         transposed=bool(derived),
     )
+
+
+def choose_load(num_bytes: int) -> Literal["memory", "mmap"]:
+    """Return what "auto" means here for weights of `num_bytes`: memory where they fit."""
+    return "memory" if num_bytes + _SPARE_BYTES <= available_bytes() else "mmap"
 
 
 def read_plan(path: Path) -> Plan:
