@@ -266,19 +266,24 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def fill(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> None:
+def fill(model: HybridModel, tensors: Mapping[str, StoredTensor], prefix: str = "") -> None:
     """Read `tensors` (by published name) into the parameters of `model`, replacing those.
 
-    All memory is one piece; several threads read. Raises CheckpointError for a parameter that is
-    filled twice or not at all, and for a scale that is not a finite positive number.
+    With a `prefix` only parameters and tensors whose names begin with it. All memory is one piece;
+    several threads read. Raises CheckpointError for a parameter that is filled twice or not at
+    all, and for a scale that is not a finite positive number.
     """
-    places = _place(model, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    places = _place(model, tensors, prefix)
     parameters = dict(model.named_parameters())
     dtypes = {name: DTYPES[parts[0].tensor.dtype] for name, parts in places.items()}
     sizes = {name: Arena.size_of(parameters[name].shape, d) for name, d in dtypes.items()}
     arena = Arena(sum(sizes.values()))
     values = {name: arena.tensor(parameters[name].shape, d) for name, d in dtypes.items()}
-    readers = {file: FileReader(file) for file in dict.fromkeys(t.file for t in tensors.values())}
+    # What the system caches of the files would push out the model where memory is short.
+    forget = 2 * sum(sizes.values()) > available_bytes()
+    files = dict.fromkeys(tensor.file for tensor in tensors.values())
+    readers = {file: FileReader(file, forget=forget) for file in files}
 
     def read(name: str, part: _Part) -> None:
         target = values[name] if part.expert is None else values[name][part.expert]
@@ -290,15 +295,13 @@ def fill(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> None:
         ((name, part) for name, parts in places.items() for part in parts),
         key=lambda job: (job[1].tensor.file, job[1].tensor.start),
     )
-    # What the system caches of the files would push out the model where memory is short.
-    forget = 2 * sum(sizes.values()) > available_bytes()
     try:
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             for done in [pool.submit(read, *job) for job in jobs]:
                 done.result()
     finally:
         for reader in readers.values():
-            reader.close(forget=forget)
+            reader.close()
     for name, value in values.items():
         set_parameter(model, name, value)
 
@@ -334,9 +337,11 @@ class _Part(NamedTuple):
     expert: int | None
 
 
-def _place(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> dict[str, list[_Part]]:
+def _place(
+    model: HybridModel, tensors: Mapping[str, StoredTensor], prefix: str = ""
+) -> dict[str, list[_Part]]:
     """Return the parts of each parameter; each must be filled once, in one dtype."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if name.startswith(prefix)}
     places: dict[str, list[_Part]] = {}
     filled: dict[str, set[int | None]] = {}
     for published, tensor in tensors.items():

@@ -38,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DROP_BYTES = 1 << 28  # of a file read before its cache is dropped
 _METADATA = "__metadata__"
 _MAX_HEADER_BYTES = 100_000_000
 _LINE = 64  # bytes of a cache line
@@ -256,10 +257,15 @@ class Arena:
 
 
 class FileReader:
-    """Reads tensors of one file into memory that is there; safe to call from several threads."""
+    """Reads tensors of one file into memory that is there; safe to call from several threads.
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    With `forget` the system drops what it caches of the file soon after it is read, so that memory
+    stays free to be had in huge pages.
+    """
+
+    def __init__(self, file: Path, *, forget: bool) -> None:
+        self._file, self._forget = file, forget
+        self._dropped = 0  # where what is cached begins
         try:
             self._stream = file.open("rb", buffering=0)
         except OSError as error:
@@ -279,10 +285,14 @@ class FileReader:
                     f"{self._file}: truncated while tensor {stored.name!r} was read"
                 )
             done += count
+        if self._forget and stored.start > self._dropped + _DROP_BYTES:
+            # All from the start: the system keeps a large page that a range covers in part.
+            self._dropped = stored.start
+            os.posix_fadvise(self._stream.fileno(), 0, stored.start, os.POSIX_FADV_DONTNEED)
 
-    def close(self, *, forget: bool) -> None:
-        """Close the file; with `forget` the system may drop what it caches of it."""
-        if forget:
+    def close(self) -> None:
+        """Close the file."""
+        if self._forget:
             os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._stream.close()
 

@@ -67,14 +67,14 @@ def save_checkpoint(
                 _write_model(source, complete, dtype, max_shard_bytes)
             else:
                 _write_checkpoint(source, complete, max_shard_bytes)
-            _move(complete, target)
+            move_directory(complete, target)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def _write_checkpoint(source: Checkpoint, directory: Path, max_shard_bytes: int) -> None:
     if source.path is not None:
-        _copy_texts(source.path, directory)
+        copy_texts(source.path, directory)
     if source.entries:
         _write_tensors(source.model, source.naming, source.entries, directory, max_shard_bytes)
     else:  # random weights: no file says how they were stored
@@ -90,8 +90,8 @@ def _write_model(
         quantisation, embedded = to_hf(model.quant, model.config)
         config["quantization_config"] = embedded
         if quantisation is not None:
-            _write_json(directory / QUANT_FILE, quantisation)
-    _write_json(directory / "config.json", config)
+            write_json(directory / QUANT_FILE, quantisation)
+    write_json(directory / "config.json", config)
     _write_tensors(model, Naming(), _entries(model, dtype), directory, max_shard_bytes)
 
 
@@ -126,17 +126,19 @@ def _write_tensors(
     write_directory(directory, entries, fetch, max_shard_bytes)
 
 
-def _write_json(file: Path, data: dict[str, Any]) -> None:
+def write_json(file: Path, data: dict[str, Any]) -> None:
+    """Write `data` as every JSON file of a checkpoint is written."""
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_texts(source: Path, directory: Path) -> None:
+def copy_texts(source: Path, directory: Path) -> None:
+    """Copy a checkpoint's configuration, tokenizer and template files; no weights, no index."""
     for file in source.iterdir():
         if file.suffix in _COPIED_SUFFIXES and file.name != INDEX_NAME and file.is_file():
             shutil.copyfile(file, directory / file.name)
 
 
-def _move(complete: Path, target: Path) -> None:
+def move_directory(complete: Path, target: Path) -> None:
     """Put directory `complete` in the place of `target`, or its files into an existing one.
 
     In an existing directory each file changes at once and old weights go last.
