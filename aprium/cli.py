@@ -273,6 +273,102 @@ def pretrain(recipe: Path, settings: tuple[str, ...]) -> None:
     run(recipe, dict(_setting(text) for text in settings))
 
 
+@cli.command()
+@click.argument("source", required=False)
+@click.argument("target", required=False, type=click.Path(path_type=Path))
+@click.option("--recipe", default="nvfp4", show_default=True, help="A name, or a TOML file.")
+@click.option("--list", "as_list", is_flag=True, help="List the recipes and stop.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option("--rule", help="Block scales: max, four_over_six or sweep; default: the recipe's.")
+@click.option("--method", help="rtn or gptq; default: the recipe's.")
+@click.option("--budget", type=float, help="Search formats for this many bits a weight.")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="JSONL or text to calibrate on."
+)
+@click.option("--heldout", type=click.Path(path_type=Path), help="JSONL or text to measure on.")
+@click.option("--samples", default=64, show_default=True, help="Most sequences to take.")
+@click.option("--length", default=256, show_default=True, help="Most tokens of a sequence.")
+@click.option("--no-evaluate", is_flag=True, help="Do not measure the loss.")
+@click.option("--qad", is_flag=True, help="Distil from the unquantised model afterwards.")
+@click.option("--qad-steps", default=200, show_default=True, help="Steps of distillation.")
+@click.option("--qad-lr", default=1e-5, show_default=True, help="Its peak learning rate.")
+@click.option(
+    "--qad-scales",
+    type=click.Choice(["frozen", "dynamic"]),
+    default="frozen",
+    show_default=True,
+    help="Keep block scales, or choose them anew at each step.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def quantize(source: str | None, target: Path | None, **options: Any) -> None:
+    """Quantise a BF16 checkpoint to NVFP4 and FP8, and measure what it costs.
+
+    SOURCE is a directory, a hub id or pico; TARGET a directory that vLLM, SGLang, TensorRT-LLM and
+    Aprium load, with report.json and report.html. Layers go through memory one at a time; a run
+    that was stopped goes on with the same command. Without --calibration the model writes its own
+    samples. Needs the size of the result twice on disk while it is assembled.
+    """
+    from aprium.quantize import recipes
+
+    if options["as_list"]:
+        for name in recipes.names():
+            click.echo(f"{name:16} {recipes.read(name).description}")
+        return
+    if source is None or target is None:
+        raise click.UsageError("name the model and the directory to write")
+    configure_logging()
+    overrides = dict(_setting(text) for text in options["settings"])
+    overrides |= {key: options[key] for key in ("rule", "method") if options[key] is not None}
+    recipe = recipes.read(options["recipe"], overrides)
+    from aprium.quantize import run
+    from aprium.quantize.qad import QadConfig
+    from aprium.quantize.report import summary
+
+    distil = None
+    if options["qad"]:
+        scales = options["qad_scales"]
+        distil = QadConfig(steps=options["qad_steps"], lr=options["qad_lr"], scales=scales)
+    result = run.run(
+        source,
+        target,
+        recipe,
+        run.Options(
+            calibration=options["calibration"],
+            heldout=options["heldout"],
+            num_samples=options["samples"],
+            length=options["length"],
+            evaluate=not options["no_evaluate"],
+            budget=options["budget"],
+            distil=distil,
+        ),
+        say=lambda text: click.echo(text, err=options["as_json"]),
+    )
+    if options["as_json"]:
+        click.echo(json.dumps(dataclasses.asdict(result)))
+        return
+    for name, value in summary(result).items():
+        click.echo(f"{name:44} {value}")
+    click.echo(f"{'report':44} {target / 'report.html'}")
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--to", required=True, help="modelopt, compressed-tensors or bf16.")
+def convert(source: str, target: Path, to: Any) -> None:
+    """Rewrite a quantised checkpoint in another layout, or as BF16.
+
+    Between the layouts of ModelOpt and compressed-tensors codes and block scales stay byte for
+    byte; bf16 decodes every matrix.
+    """
+    configure_logging()
+    from aprium.checkpoint.hub import resolve
+    from aprium.quantize.convert import convert as convert_
+
+    size = convert_(resolve(source), target, to)
+    click.echo(f"{target}: {size / 1e6:,.1f} MB")
+
+
 def _model_and_prompt(words: tuple[str, ...]) -> tuple[str, str | None]:
     """Tell model from prompt: two words are both, one is whichever it can be."""
     from aprium.checkpoint.hub import HUB_ID

@@ -1,6 +1,6 @@
 """Train a tiny hybrid to copy, with the project's own trainer, and watch the loss fall.
 
-pip install "aprium[train]"; python examples/train.py [OUTPUT]
+python examples/train.py [OUTPUT]
 """
 
 import random

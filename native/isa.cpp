@@ -45,6 +45,7 @@ inline float fp8_value(uint8_t code) {  // E4M3 without sign
 #endif
 #include "matmul.inl"
 #include "layers.inl"
+#include "encode.inl"
 
 }  // namespace
 #include "isa.inl"

@@ -2,5 +2,5 @@
 extern const Kernels kernels = {
     APRIUM_ISA_NAME, packed_bytes, pack,          matmul_scratch, matmul,            skipped_columns, rms_norm,
     relu_squared,    add,          weighted_sum,  sigmoid,        mamba_scratch,     mamba,           attention_scratch,
-    attention,       log_softmax_at, read,        peak,
+    attention,       log_softmax_at, encode_nvfp4, read,       peak,
 };

@@ -62,6 +62,20 @@ struct AttentionTask {
     float* out;  // as q
 };
 
+enum class EncodeRule { max, four_over_six, sweep };
+
+// A matrix to encode as NVFP4 under the global scale `scale_2`, which gives `amax` its largest scale.
+struct EncodeTask {
+    EncodeRule rule;
+    bool half;      // x holds bf16
+    const void* x;  // [rows, cols]
+    const float* importance;  // [cols], or null
+    int64_t cols;
+    float scale_2, amax;
+    uint8_t* packed;  // [rows, cols / 2]
+    uint8_t* scales;  // [rows, cols / 16]
+};
+
 struct Kernels {
     const char* name;
     int64_t (*packed_bytes)(Precision, int64_t cols);
@@ -81,6 +95,7 @@ struct Kernels {
     int64_t (*attention_scratch)(const AttentionTask&);
     void (*attention)(const AttentionTask&, uint8_t* scratch);
     void (*log_softmax_at)(const float* logits, int64_t size, int64_t* argmax, float* peak, float* log_mass);
+    void (*encode_nvfp4)(const EncodeTask&, int64_t row_begin, int64_t row_end);
     uint64_t (*read)(const uint8_t* data, int64_t size);  // touch every byte: measures bandwidth
     double (*peak)(Precision, int64_t rounds);            // operations done, multiply and add counted
 };

@@ -146,6 +146,22 @@ double peak(Machine& m, const std::string& precision) {
     return done * m.pool.num_threads() / took;
 }
 
+// Encode a stack of matrices; `scale_2` and `amax` hold a float a matrix, `importance` [matrices, cols].
+void encode_nvfp4(Machine& m, int rule, bool half, uintptr_t x, uintptr_t importance, std::array<int64_t, 3> sizes,
+                  uintptr_t scale_2, uintptr_t amax, uintptr_t packed, uintptr_t scales) {
+    auto [matrices, rows, cols] = sizes;
+    constexpr int64_t kRows = 16;  // a task
+    int64_t tasks = (rows + kRows - 1) / kRows;
+    m.pool.run(matrices * tasks, [&, rows = rows, cols = cols](int64_t i, int) {
+        int64_t matrix = i / tasks, begin = i % tasks * kRows, from = matrix * rows * cols;
+        const float* weights = importance ? at<float>(importance) + matrix * cols : nullptr;
+        EncodeTask task{(EncodeRule)rule, half, at<uint8_t>(x) + from * (half ? 2 : 4), weights, cols,
+                        at<float>(scale_2)[matrix], at<float>(amax)[matrix], at<uint8_t>(packed) + from / 2,
+                        at<uint8_t>(scales) + from / kBlock};
+        m.kernels.encode_nvfp4(task, begin, std::min(begin + kRows, rows));
+    });
+}
+
 // Where a model's generation state lies: addresses by layer, as in `HybridState`.
 struct State {
     std::vector<uintptr_t> conv, ssm, keys, values;
@@ -222,6 +238,7 @@ NB_MODULE(_kernels, module) {
                  }
                  return found;
              })
+        .def("encode_nvfp4", &encode_nvfp4, Release())
         .def("bandwidth", &bandwidth, Release())
         .def("peak", &peak, Release());
 

@@ -39,3 +39,7 @@ class EngineError(ApriumError):
 
 class DataError(ApriumError):
     """A training source or sample cannot be used."""
+
+
+class QuantizeError(ApriumError):
+    """A tensor, recipe or budget cannot be quantised as asked."""

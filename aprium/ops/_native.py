@@ -60,3 +60,9 @@ def machine(num_threads: int | None = None) -> Any:
         return None
     assert _library is not None
     return _library.Machine(isa(), num_threads or torch.get_num_threads())
+
+
+@functools.cache
+def shared() -> Any:
+    """Return the pool of kernels that functions on tensors use; None where `isa` is "none"."""
+    return machine()

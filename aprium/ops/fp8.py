@@ -1,11 +1,15 @@
-"""FP8 E4M3 weights with one float32 scale a matrix, decoded to float32.
+"""FP8 E4M3 weights with one float32 scale a matrix, decoded and encoded.
 
-The reference that every faster path is tested against. Encoding is the quantiser's business.
-Source: OFP8 specification (E4M3: no infinities, NaN is 0x7F and 0xFF, largest value 448).
+The reference that every faster path is tested against. Source: OFP8 specification (E4M3: no
+infinities, NaN is 0x7F and 0xFF, largest value 448).
 """
 
 import torch
 from torch import Tensor
+
+from aprium.base.errors import QuantizeError
+
+LARGEST = 448.0
 
 # Bit pattern -> value. A gather is several times faster on a CPU than torch's own conversion.
 _VALUES = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
@@ -24,6 +28,35 @@ def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:
     [*lead, 1].
     """
     return to_float(weight).mul_(align_scale(weight_scale, weight.shape[:-2]))
+
+
+def encode(x: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tensor]:
+    """Encode `x` [*lead, N, K] under the scales that make each matrix's largest magnitude 448.
+
+    Returns float8_e4m3fn codes and float32 [*lead] scales, 1 where all is zero. The quotient is
+    rounded to the dtype of `x` first, as ModelOpt does. Raises QuantizeError naming `name` for
+    values that are not finite.
+    """
+    amax = largest_magnitude(x, name)
+    scale = torch.where(amax > 0, amax / LARGEST, 1.0)
+    quotient = (x.float() / align_scale(scale, x.shape[:-2])).to(x.dtype)
+    return to_fp8(quotient), scale
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """Round to float8_e4m3fn, to nearest even, saturating at 448 whatever torch's own cast does."""
+    return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+
+def largest_magnitude(x: Tensor, name: str) -> Tensor:
+    """Return the largest magnitude of each matrix of `x` [*lead, N, K], float32 [*lead].
+
+    Raises QuantizeError naming `name` for values that are not finite.
+    """
+    amax = x.abs().flatten(-2).amax(-1).float() if x.numel() else x.new_zeros(x.shape[:-2]).float()
+    if not bool(torch.isfinite(amax).all()):
+        raise QuantizeError(f"{name} holds NaN or infinity: the checkpoint is damaged")
+    return amax
 
 
 def align_scale(scale: Tensor, lead: torch.Size) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens from hidden states, without the logits of all positions.
+"""Log-probabilities of tokens from hidden states, without the logits of all positions.
 
 Logits exist for one chunk of rows at a time; the backward pass makes them again. Source: the
 chunked cross-entropy that training libraries use (arXiv 2411.09009 for the memory argument).
@@ -53,6 +53,48 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_weight.addmm_(wide.T, rows.to(wide.dtype))
             done = part.stop
         return grad_hidden, grad_weight.to(weight.dtype), None
+
+
+def kl_divergence(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> Tensor:
+    """Return KL(teacher || student) over the whole vocabulary for each row, in nats.
+
+    `hidden` [R, D] and `weight` [V, D] are the student's, `teacher_hidden` [R, D'] and
+    `teacher_weight` [V, D'] the teacher's. Returns float32 [R], differentiable in the student's.
+    """
+    return _KLDivergence.apply(hidden, weight, teacher_hidden, teacher_weight)
+
+
+class _KLDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight)
+        out = []
+        for rows, wanted in _chunks(hidden, weight, teacher_hidden):
+            teacher = _wide(linear(wanted, teacher_weight)).log_softmax(-1)
+            student = _wide(linear(rows, weight)).log_softmax(-1)
+            out.append((teacher.exp() * (teacher - student)).sum(-1))
+        return torch.cat(out) if out else _wide(hidden.new_empty(0))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, teacher_hidden, teacher_weight = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=grads[0].dtype)
+        done = 0
+        for rows, wanted in _chunks(hidden, weight, teacher_hidden):
+            part = slice(done, done + rows.shape[0])
+            # d KL / d logits = softmax of the student - softmax of the teacher.
+            wide = _wide(linear(rows, weight)).softmax(-1)
+            wide -= _wide(linear(wanted, teacher_weight)).softmax(-1)
+            wide *= grads[0][part].unsqueeze(1)
+            grad_hidden[part] = (wide @ weight.to(wide.dtype)).to(hidden.dtype)
+            grad_weight.addmm_(wide.T, rows.to(wide.dtype))
+            done = part.stop
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ finds them, replace those of roles. No torch. Source: docs/architecture.md (quan
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -154,8 +154,3 @@ def effective_bits(formats: Mapping[str, str], config: ModelConfig) -> float:
         bits += BITS[formats.get(module)] * size
         count += size
     return bits / count
-
-
-def with_rule(recipe: Recipe, **changes: object) -> Recipe:
-    """Return `recipe` with the `changes` that are not None."""
-    return replace(recipe, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What training minimises: cross-entropy, multi-token prediction, expert balance.
+"""What training minimises: cross-entropy, divergence from a teacher, token heads, expert balance.
 
 Every sum over tokens is divided by the batch's total weight, so that the loss does not depend on
 how samples fell into steps. Source: docs/training.md; DeepSeek-V3 (arXiv 2412.19437) for MTP with
@@ -14,7 +14,7 @@ from torch import Tensor
 from aprium.base.errors import ConfigError
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel, MoE, Routing
-from aprium.ops.logprob import token_logprobs
+from aprium.ops.logprob import kl_divergence, token_logprobs
 from aprium.train.batch import Batch
 
 
@@ -22,11 +22,15 @@ from aprium.train.batch import Batch
 class LossConfig:
     """Weights of the parts of the loss.
 
-    `mtp_weight` is the total over `mtp_depths` recursive applications of the prediction head.
+    `ce_weight` scales the cross-entropy, and `kl_weight` the divergence KL(teacher || model) over
+    the whole vocabulary, for which there must be a teacher. `mtp_weight` is the total over
+    `mtp_depths` recursive applications of the prediction head.
     `balance_weight` scales the sequence-wise balance loss, `bias_rate` the step of the selection
     bias after each update.
     """
 
+    ce_weight: float = 1.0
+    kl_weight: float = 0.0
     mtp_weight: float = 0.1
     mtp_depths: int = 2
     balance_weight: float = 1e-4
@@ -39,7 +43,7 @@ class LossConfig:
                 f"loss.mtp_depths is {self.mtp_depths}: it must be positive; to train no "
                 "prediction head set loss.mtp_weight to 0"
             )
-        for name in ("mtp_weight", "balance_weight", "bias_rate"):
+        for name in ("ce_weight", "kl_weight", "mtp_weight", "balance_weight", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"loss.{name} is {getattr(self, name)}: it cannot be negative")
 
@@ -50,6 +54,7 @@ class Losses:
 
     total: Tensor
     ce: float
+    kl: float
     mtp: float
     balance: float
     logprobs: Tensor
@@ -57,10 +62,13 @@ class Losses:
     routing: list[Routing]
 
 
-def compute_losses(model: HybridModel, batch: Batch, config: LossConfig) -> Losses:
+def compute_losses(
+    model: HybridModel, batch: Batch, config: LossConfig, teacher: HybridModel | None = None
+) -> Losses:
     """Run the model over `batch` and return the loss.
 
-    `logprobs` of the result are those of the tokens at indices `predicted` under the backbone.
+    `teacher` is what `kl_weight` asks for. `logprobs` of the result are those of the tokens at
+    indices `predicted` under the backbone.
     """
     routing: list[Routing] = []
     hidden = model(batch.tokens, batch.layout, routing=routing)
@@ -70,7 +78,14 @@ def compute_losses(model: HybridModel, batch: Batch, config: LossConfig) -> Loss
     norm = weights.sum()
     logprobs = token_logprobs(hidden[predicted - 1], head, batch.tokens[predicted])
     ce = -(logprobs * weights).sum() / norm
-    total, mtp = ce, torch.zeros(())
+    total, kl, mtp = config.ce_weight * ce, torch.zeros(()), torch.zeros(())
+    if config.kl_weight:
+        assert teacher is not None
+        with torch.no_grad():
+            wanted = teacher(batch.tokens, batch.layout)[predicted - 1]
+        found = kl_divergence(hidden[predicted - 1], head, wanted, teacher.head_weight)
+        kl = (found * weights).sum() / norm
+        total = total + config.kl_weight * kl
     if model.config.num_mtp_layers and config.mtp_weight:
         mtp = _mtp_loss(model, hidden, batch, config.mtp_depths, norm, routing)
         total = total + config.mtp_weight * mtp
@@ -80,6 +95,7 @@ def compute_losses(model: HybridModel, batch: Batch, config: LossConfig) -> Loss
     return Losses(
         total=total,
         ce=float(ce.detach()),
+        kl=float(kl.detach()),
         mtp=float(mtp.detach()),
         balance=float(balance.detach()),
         logprobs=logprobs.detach(),

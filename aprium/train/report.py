@@ -15,8 +15,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from aprium.base.errors import ConfigError
-
 
 class TrainingProgress:
     """A progress bar; where standard error is no terminal, a line every few seconds instead."""
@@ -58,14 +56,6 @@ class TrainingProgress:
         self._bar.update(self._task, completed=step, figures=text)
         if not self._console.is_terminal and (step % 20 == 0 or step == self._total):
             self._console.print(f"step {step}/{self._total}  {text}", highlight=False)
-
-
-def require_plotting() -> None:
-    """Raise ConfigError where the package that draws the loss curve is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("the loss curve needs matplotlib: pip install 'aprium[train]'") from error
 
 
 def plot_losses(

@@ -28,7 +28,7 @@ from aprium.model.model import HybridModel
 from aprium.train.batch import collate
 from aprium.train.losses import LossConfig, balance_experts, compute_losses
 from aprium.train.optim import OptimConfig, build_optimisers, set_learning_rates
-from aprium.train.report import TrainingProgress, plot_losses, require_plotting
+from aprium.train.report import TrainingProgress, plot_losses
 
 log = get_logger("train")
 
@@ -83,7 +83,10 @@ class _Progress:
 
 
 class Trainer:
-    """Train `model` on batches from `source`, with everything written under `output`."""
+    """Train `model` on batches from `source`, with everything written under `output`.
+
+    `teacher` is what the model is held to where `loss.kl_weight` is not 0; it is never changed.
+    """
 
     def __init__(
         self,
@@ -95,7 +98,11 @@ class Trainer:
         optim: OptimConfig,
         loss: LossConfig,
         config: TrainerConfig,
+        teacher: HybridModel | None = None,
     ) -> None:
+        if loss.kl_weight and teacher is None:
+            raise ConfigError("loss.kl_weight asks for a teacher and there is none: set it to 0")
+        self.teacher = teacher
         self.model, self.source, self.heldout = model, source, list(heldout)
         self.output, self.optim, self.loss, self.config = output, optim, loss, config
         self.optimisers = build_optimisers(model, optim)
@@ -110,7 +117,6 @@ class Trainer:
         """
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        require_plotting()
         self.resume()
         handlers = {s: signal.signal(s, self._request_stop) for s in _stop_signals()}
         try:
@@ -148,7 +154,7 @@ class Trainer:
         progress = self.progress
         batch = collate(samples)
         factor = set_learning_rates(self.optimisers, progress.step, self.config.steps, self.optim)
-        losses = compute_losses(self.model, batch, self.loss)
+        losses = compute_losses(self.model, batch, self.loss, self.teacher)
         if not torch.isfinite(losses.total):
             raise CheckpointError(
                 f"the loss at step {progress.step} is {losses.total.item()}: resume from the last "
@@ -172,6 +178,7 @@ class Trainer:
             "step": progress.step,
             "tokens": progress.tokens,
             "loss": losses.ce,
+            "kl": losses.kl,
             "mtp_loss": losses.mtp,
             "balance": losses.balance,
             "max_vio": max_vio,

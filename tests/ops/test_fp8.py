@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from aprium.ops import fp8
@@ -30,3 +31,25 @@ def test_one_scale_a_matrix():
 def test_transposed_codes():
     weight = torch.randn(4, 6).to(torch.float8_e4m3fn).t()
     assert torch.equal(fp8.to_float(weight), weight.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoding_rounds_to_the_nearest_code(dtype):
+    x = (torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0)) * 0.1).to(dtype)
+    codes, scale = fp8.encode(x)
+    assert scale.shape == (3,) and torch.equal(scale, x.abs().amax((1, 2)).float() / 448)
+    decoded = fp8.dequantize(codes, scale)
+    off = (decoded - x.float()).abs() / scale[:, None, None]
+    size = (x.float().abs() / scale[:, None, None]).clamp(min=2**-6)
+    slack = 2**-4 if dtype == torch.float32 else 2**-4 + 2**-8  # half a step, and bfloat16's
+    assert bool((off <= size * slack + 2**-10).all())
+
+
+def test_encoding_zeros_gives_a_scale_of_one():
+    codes, scale = fp8.encode(torch.zeros(4, 16))
+    assert float(scale) == 1.0 and not codes.view(torch.uint8).any()
+
+
+def test_casts_saturate():
+    found = fp8.to_fp8(torch.tensor([1e9, -1e9, 460.0, 0.0]))
+    assert found.float().tolist() == [448.0, -448.0, 448.0, 0.0]

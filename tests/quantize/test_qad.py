@@ -1,0 +1,54 @@
+"""Distillation: it helps, it keeps what it should, and the file holds what was trained."""
+
+import pytest
+import torch
+
+from aprium.base.errors import QuantizeError
+from aprium.checkpoint.hub import PICO_DIR
+from aprium.checkpoint.load import load_checkpoint
+from aprium.model.linear import Matrix
+from aprium.ops import nvfp4
+from aprium.quantize import pipeline, recipes
+from aprium.quantize.qad import FakeQuant, QadConfig, distil
+
+
+@pytest.mark.parametrize("scales", ["frozen", "dynamic"])
+def test_lowers_the_divergence(scales, tmp_path, samples):
+    recipe = recipes.read("nvfp4-all", {"rule": "max"})
+    target = tmp_path / "out"
+    result = pipeline.quantize(PICO_DIR, target, recipe, calibration=samples, heldout=samples)
+    before = load_checkpoint(target).model
+    config = QadConfig(steps=12, lr=3e-4, tokens_per_step=512, scales=scales)
+    quality = distil(PICO_DIR, target, recipe.rule, config, samples=samples, heldout=samples)
+    assert result.quality is not None
+    assert quality["logit_kl"] < 0.8 * result.quality["logit_kl"]
+    after = load_checkpoint(target)
+    assert after.quant.formats == recipes.formats_of(recipe, after.config)
+    same_scales = moved = 0
+    for name, matrix in after.model.named_modules():
+        if not isinstance(matrix, Matrix) or matrix.format is None:
+            continue
+        old = before.get_submodule(name)
+        same_scales += torch.equal(
+            old.weight_scale.view(torch.uint8), matrix.weight_scale.view(torch.uint8)
+        )
+        moved += not torch.equal(old.weight, matrix.weight)
+    assert moved > 20
+    assert (same_scales >= moved) if scales == "frozen" else (same_scales < moved)
+    assert not list(tmp_path.glob(".*.qad"))
+
+
+def test_fake_quantisation_is_what_is_stored_and_passes_gradients():
+    weight = torch.randn(8, 32, requires_grad=True)
+    fake = FakeQuant("w4a16_nvfp4", "four_over_six", None)
+    out = fake(weight)
+    torch.testing.assert_close(
+        out, nvfp4.dequantize(*nvfp4.encode(weight.detach(), "four_over_six")), rtol=1e-6, atol=1e-7
+    )
+    (out * torch.arange(32)).sum().backward()
+    assert torch.equal(weight.grad, torch.arange(32).float().expand(8, 32))
+
+
+def test_refuses_a_target_that_is_not_quantised(tmp_path, samples):
+    with pytest.raises(QuantizeError, match="no quantised matrices"):
+        distil(PICO_DIR, PICO_DIR, "max", QadConfig(), samples=samples, heldout=samples)
