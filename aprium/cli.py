@@ -15,7 +15,10 @@ import aprium
 from aprium.base.errors import ApriumError, UnsupportedError
 from aprium.base.log import configure_logging
 
-_ENGINE_OPTIONS = ("dtype", "activation_dtype", "load", "max_model_len", "load_format")
+_ENGINE_OPTIONS = (
+    *("dtype", "activation_dtype", "kv_cache_dtype", "mamba_ssm_cache_dtype"),
+    *("load", "max_model_len", "load_format"),
+)
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -46,6 +49,10 @@ def _engine_options(function: Any) -> Any:
         click.option(
             "--activation-dtype",
             help="What kernels round matrix inputs to: auto, float32, bfloat16 or int8.",
+        ),
+        click.option("--kv-cache-dtype", help="Of keys and values: auto, float32, bfloat16, fp8."),
+        click.option(
+            "--mamba-ssm-cache-dtype", help="Of recurrent states: auto, float32, float16, fp8."
         ),
         click.option("--load", help="auto, memory, or mmap to leave weights in the file."),
         click.option("--max-model-len", type=int, help="Longest sequence; default: the model's."),

@@ -143,12 +143,18 @@ void Mamba::run(Machine& m, float* x, const Step& step, float* conv, float* ssm)
 namespace {
 
 void write_rows(const float* rows, int64_t count, int64_t width, int64_t first, const std::vector<int64_t>& pages,
-                int64_t page_size, void* to, bool half) {
+                int64_t page_size, void* to, Format format, float scale) {
     for (int64_t i = 0; i < count; i++) {
         int64_t position = first + i;
         int64_t at = (pages[position / page_size] * page_size + position % page_size) * width;
-        if (!half) {
+        if (format == Format::f32) {
             memcpy((float*)to + at, rows + i * width, width * 4);
+        } else if (format == Format::fp8) {
+            for (int64_t j = 0; j < width; j++) {
+                float value = rows[i * width + j] / scale, magnitude = std::min(std::fabs(value), 448.f);
+                uint8_t code = value == value ? round_fp8(magnitude) : 0x7F;
+                ((uint8_t*)to)[at + j] = (uint8_t)(code | (std::signbit(value) ? 0x80 : 0));
+            }
         } else {
             for (int64_t j = 0; j < width; j++) ((uint16_t*)to)[at + j] = round_bf16(rows[i * width + j]);
         }
@@ -157,7 +163,7 @@ void write_rows(const float* rows, int64_t count, int64_t width, int64_t first, 
 
 }  // namespace
 
-void Attention::run(Machine& m, float* x, const Step& step, void* keys, void* values, bool half) const {
+void Attention::run(Machine& m, float* x, const Step& step, void* keys, void* values, Format cache) const {
     int64_t tokens = step.num_tokens, dim = (int64_t)norm.size();
     int64_t wide = heads * head_dim, narrow = kv_heads * head_dim, group = heads / kv_heads;
     float* normed = m.normed.floats(tokens * dim);
@@ -185,8 +191,10 @@ void Attention::run(Machine& m, float* x, const Step& step, void* keys, void* va
     int64_t work = 0;
     for (size_t s = 0; s < step.lengths.size(); s++) {
         int64_t length = step.lengths[s], start = step.starts[s];
-        write_rows(k + start * narrow, length, narrow, step.context[s], step.pages[s], step.page_size, keys, half);
-        write_rows(v + start * narrow, length, narrow, step.context[s], step.pages[s], step.page_size, values, half);
+        write_rows(k + start * narrow, length, narrow, step.context[s], step.pages[s], step.page_size, keys, cache,
+                   key_scale);
+        write_rows(v + start * narrow, length, narrow, step.context[s], step.pages[s], step.page_size, values, cache,
+                   value_scale);
         int64_t size = std::max<int64_t>(64 / group, 1) * group;  // whole tokens
         for (int64_t h = 0; h < kv_heads; h++)
             for (int64_t first = 0; first < length * group; first += size)
@@ -197,7 +205,7 @@ void Attention::run(Machine& m, float* x, const Step& step, void* keys, void* va
         const Tile& tile = tiles[i];
         int64_t offset = step.starts[tile.segment] * wide;
         AttentionTask t{q + offset, step.lengths[tile.segment], heads, kv_heads, head_dim, tile.first, tile.count,
-                        tile.kv_head, step.context[tile.segment], keys, values, half,
+                        tile.kv_head, step.context[tile.segment], keys, values, cache, key_scale, value_scale,
                         step.pages[tile.segment].data(), step.page_size, mixed + offset};
         m.kernels.attention(t, m.pool.scratch(thread).bytes(m.kernels.attention_scratch(t)));
     });

@@ -107,8 +107,9 @@ struct Attention {
     float eps;
     Weight q_proj, k_proj, v_proj, o_proj;
     int64_t heads, kv_heads, head_dim;
-    // keys, values [pages, page_size, K, P], of bf16 if `half`.
-    void run(Machine& machine, float* x, const Step& step, void* keys, void* values, bool half) const;
+    float key_scale, value_scale;  // of fp8 pages
+    // keys, values [pages, page_size, K, P], of f32, bf16 or fp8.
+    void run(Machine& machine, float* x, const Step& step, void* keys, void* values, Format cache) const;
 };
 
 struct Mlp {

@@ -9,14 +9,7 @@ inline float from_scale_code(int code) { return fp8_value((uint8_t)code); }
 // The E4M3 code nearest to p in [2^-9, 448], ties to even.
 inline int to_scale_code(float p) {
     p = p < kSmallestScale ? kSmallestScale : p > kLargestScale ? kLargestScale : p;
-    int32_t b;
-    if (p < 0x1p-6f) {
-        float shifted = p * 512.f + 12582912.f;  // 1.5 * 2^23: the sum is rounded to an integer
-        memcpy(&b, &shifted, 4);
-        return b - 0x4B400000;
-    }
-    memcpy(&b, &p, 4);
-    return ((b + 0x7FFFF + (b >> 20 & 1)) >> 20) - (120 << 3);
+    return round_fp8(p);
 }
 
 // The magnitudes of 16 numbers rounded to E2M1 values: nearest, ties to even, saturating.

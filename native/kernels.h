@@ -56,7 +56,8 @@ struct AttentionTask {
     int64_t first_row, num_rows;  // rows (token, head of the group) of this task
     int64_t kv_head, context;
     const void *keys, *values;  // [pages, page_size, kv_heads, head_dim]
-    bool half;                  // pages hold bf16
+    Format cache;               // of the pages: f32, bf16 or fp8
+    float key_scale, value_scale;  // that fp8 values are multiplied by
     const int64_t* pages;
     int64_t page_size;
     float* out;  // as q
@@ -111,6 +112,18 @@ inline uint16_t round_bf16(float x) {  // to nearest even; NaN stays NaN
     memcpy(&y, &x, 4);
     if ((y & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(y >> 16 | 0x40);
     return (uint16_t)((y + 0x7FFF + (y >> 16 & 1)) >> 16);
+}
+
+// A magnitude of at most 448 to E4M3, to nearest even.
+inline uint8_t round_fp8(float p) {
+    int32_t b;
+    if (p < 0x1p-6f) {
+        float shifted = p * 512.f + 12582912.f;  // 1.5 * 2^23: the sum is rounded to an integer
+        memcpy(&b, &shifted, 4);
+        return (uint8_t)(b - 0x4B400000);
+    }
+    memcpy(&b, &p, 4);
+    return (uint8_t)(((b + 0x7FFFF + (b >> 20 & 1)) >> 20) - (120 << 3));
 }
 
 }  // namespace aprium

@@ -291,13 +291,18 @@ inline int64_t attention_scratch(const AttentionTask& t) {
 }
 
 // Copy keys [begin, end) of a page run to `out` rows of `dim` floats, zeros after head_dim.
-inline void read_rows(const AttentionTask& t, const void* pages, int64_t begin, int64_t end, float* out, int64_t dim) {
+inline void read_rows(const AttentionTask& t, const void* pages, float scale, int64_t begin, int64_t end, float* out,
+                      int64_t dim) {
     for (int64_t k = begin; k < end; k++, out += dim) {
         int64_t at = ((t.pages[k / t.page_size] * t.page_size + k % t.page_size) * t.kv_heads + t.kv_head) * t.head_dim;
         for (int64_t i = 0; i < t.head_dim; i += 16) {
             int64_t left = t.head_dim - i;
-            if (!t.half) {
+            if (t.cache == Format::f32) {
                 store(out + i, load_partial((const float*)pages + at + i, left));
+            } else if (t.cache == Format::fp8) {
+                uint8_t padded[16] = {};
+                memcpy(padded, (const uint8_t*)pages + at + i, left < 16 ? left : 16);
+                store(out + i, mul(from_fp8(padded), splat(scale)));
             } else if (left >= 16) {
                 store(out + i, from_bf16((const uint16_t*)pages + at + i));
             } else {
@@ -388,7 +393,7 @@ inline void attend_tile(const AttentionTask& t, int64_t first, int64_t rows, uin
     int64_t end = t.context + (first + rows - 1) / group + 1;  // keys that the last row sees
     for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
         int64_t count = end - begin < kKeyBlock ? end - begin : kKeyBlock;
-        read_rows(t, t.keys, begin, begin + count, values, dim);
+        read_rows(t, t.keys, t.key_scale, begin, begin + count, values, dim);
         for (int64_t k = 0; k < count; k++)
             for (int64_t p = 0; p < t.head_dim; p++) keys[p * kKeyBlock + k] = values[k * dim + p];
         int64_t r = 0;
@@ -402,7 +407,7 @@ inline void attend_tile(const AttentionTask& t, int64_t first, int64_t rows, uin
             int64_t visible = t.context + (first + r) / group + 1 - begin;
             soften(scores + r * kKeyBlock, visible < count ? visible : count, peak[r], mass[r], total + r * dim, dim);
         }
-        read_rows(t, t.values, begin, begin + count, values, dim);
+        read_rows(t, t.values, t.value_scale, begin, begin + count, values, dim);
         for (r = 0; r + 4 <= rows; r += 4)
             accumulate<4>(scores + r * kKeyBlock, values, count, dim, total + r * dim);
         for (; r < rows; r++) accumulate<1>(scores + r * kKeyBlock, values, count, dim, total + r * dim);

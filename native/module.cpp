@@ -165,7 +165,7 @@ void encode_nvfp4(Machine& m, int rule, bool half, uintptr_t x, uintptr_t import
 // Where a model's generation state lies: addresses by layer, as in `HybridState`.
 struct State {
     std::vector<uintptr_t> conv, ssm, keys, values;
-    bool half;
+    Format cache;
 };
 
 // All layers of a model in order, run by one call: between layers that stream through memory, every
@@ -254,8 +254,9 @@ NB_MODULE(_kernels, module) {
     nb::class_<Attention>(module, "Attention")
         .def("__init__",
              [](Attention* self, View norm, float eps, const Weight& q, const Weight& k, const Weight& v,
-                const Weight& o, int64_t heads, int64_t kv_heads, int64_t head_dim) {
-                 new (self) Attention{copy(norm), eps, q, k, v, o, heads, kv_heads, head_dim};
+                const Weight& o, std::array<int64_t, 3> sizes, std::array<float, 2> cache_scales) {
+                 new (self) Attention{copy(norm), eps, q, k, v, o, sizes[0], sizes[1], sizes[2], cache_scales[0],
+                                      cache_scales[1]};
              });
     nb::class_<MlpBlock>(module, "Mlp")
         .def("__init__",
@@ -281,8 +282,9 @@ NB_MODULE(_kernels, module) {
     nb::class_<State>(module, "State")
         .def("__init__",
              [](State* self, std::vector<uintptr_t> conv, std::vector<uintptr_t> ssm, std::vector<uintptr_t> keys,
-                std::vector<uintptr_t> values, bool half) {
-                 new (self) State{std::move(conv), std::move(ssm), std::move(keys), std::move(values), half};
+                std::vector<uintptr_t> values, const std::string& cache) {
+                 new (self) State{std::move(conv), std::move(ssm), std::move(keys), std::move(values),
+                                  format_of(cache)};
              });
     nb::class_<Program>(module, "Program")
         .def(nb::init<>())
@@ -295,7 +297,7 @@ NB_MODULE(_kernels, module) {
         .def("add",
              [](Program& self, const Attention& layer, int64_t index) {
                  self.layers.push_back([&layer, index](Machine& m, float* x, const Step& step, const State& state) {
-                     layer.run(m, x, step, at<void>(state.keys[index]), at<void>(state.values[index]), state.half);
+                     layer.run(m, x, step, at<void>(state.keys[index]), at<void>(state.values[index]), state.cache);
                  });
              }, nb::keep_alive<1, 2>())
         .def("add",

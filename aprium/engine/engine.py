@@ -27,6 +27,13 @@ from aprium.model.state import HybridState
 from aprium.ops import _native
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CACHE_DTYPES = _DTYPES | {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
+_SSM_DTYPES = {
+    "auto": torch.float32,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +47,19 @@ class EngineConfig:
     None draws one: requests without a seed of their own then differ from run to run.
     `activation_dtype` is what native kernels round the inputs of matrix products to: "auto" is
     int8 for a checkpoint with NVFP4 weights, bfloat16 for one with FP8 weights, else float32.
+    `kv_cache_dtype` "auto" is that of activations; "fp8" (E4M3) takes the checkpoint's scales or 1.
+    `mamba_ssm_cache_dtype` keeps recurrent states in fewer bits between steps, rounded to either
+    neighbour by chance with `mamba_cache_stochastic_rounding`, else to the nearest; results then
+    depend on how prompts are cut into steps.
     `load` "memory" reads weights, "mmap" maps their files; "auto" reads what fits.
     """
 
     model: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     activation_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3"] = "auto"
+    mamba_ssm_cache_dtype: Literal["auto", "float32", "float16", "fp8"] = "auto"
+    mamba_cache_stochastic_rounding: bool = True
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
@@ -69,6 +83,13 @@ class EngineConfig:
         if self.activation_dtype not in ACTIVATION_DTYPES:
             known = ", ".join(ACTIVATION_DTYPES)
             raise ConfigError(f"activation_dtype is {self.activation_dtype!r}: use one of {known}")
+        for name, known in (
+            ("kv_cache_dtype", ("auto", *_CACHE_DTYPES)),
+            ("mamba_ssm_cache_dtype", tuple(_SSM_DTYPES)),
+        ):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ConfigError(f"{name} is {value!r}: use one of {', '.join(known)}")
         if self.load not in LOAD_MODES:
             raise ConfigError(f"load is {self.load!r}: use one of {', '.join(LOAD_MODES)}")
         if self.load_format not in ("auto", "dummy"):
@@ -117,9 +138,12 @@ class Engine:
             eos_token_ids = _eos_token_ids(self.checkpoint)
         self.eos_token_ids = frozenset(eos_token_ids)
         device = model.backbone.embeddings.weight.device
+        kv_dtype = _CACHE_DTYPES.get(config.kv_cache_dtype, model.compute_dtype)
+        ssm_dtype = _SSM_DTYPES[config.mamba_ssm_cache_dtype]
         self.plan = plan_cache(
             shape,
-            dtype=model.compute_dtype,
+            dtype=kv_dtype,
+            ssm_dtype=ssm_dtype,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             page_size=config.block_size,
@@ -138,7 +162,9 @@ class Engine:
             num_slots=self.plan.num_slots,
             num_pages=self.plan.num_pages,
             page_size=self.plan.page_size,
-            dtype=model.compute_dtype,
+            dtype=kv_dtype,
+            ssm_dtype=ssm_dtype,
+            stochastic=config.mamba_cache_stochastic_rounding,
             device=device,
         )
         cache = Cache(

@@ -46,10 +46,12 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
     return values * page_size * dtype.itemsize
 
 
-def slot_bytes(config: ModelConfig) -> int:
+def slot_bytes(config: ModelConfig, ssm_dtype: torch.dtype) -> int:
     """Return the bytes of one sequence's recurrent state over all Mamba layers."""
     tail = (config.conv_kernel - 1) * config.conv_dim * torch.float32.itemsize
-    state = config.mamba_inner * config.ssm_state_size * torch.float32.itemsize
+    state = config.mamba_inner * config.ssm_state_size * ssm_dtype.itemsize
+    if ssm_dtype == torch.float8_e4m3fn:
+        state += config.mamba_inner * torch.float32.itemsize  # scales
     return config.layers.count("mamba") * (tail + state)
 
 
@@ -57,18 +59,19 @@ def plan_cache(
     config: ModelConfig,
     *,
     dtype: torch.dtype,
+    ssm_dtype: torch.dtype,
     max_model_len: int | None,
     max_num_seqs: int,
     page_size: int,
     kv_cache_bytes: int | None,
     free_bytes: int,
 ) -> CachePlan:
-    """Choose sizes for a machine with `free_bytes` left.
+    """Choose sizes for a machine with `free_bytes` left; `dtype` is that of keys and values.
 
     An explicit `kv_cache_bytes` or `max_model_len` is honoured or refused; what is left open is
     fitted. Raises ConfigError when a sequence of full length cannot be held.
     """
-    per_page, per_slot = page_bytes(config, page_size, dtype), slot_bytes(config)
+    per_page, per_slot = page_bytes(config, page_size, dtype), slot_bytes(config, ssm_dtype)
     per_page = max(per_page, 1)  # a model without attention: pages cost nothing
     longest = config.max_position_embeddings if max_model_len is None else max_model_len
     if longest > config.max_position_embeddings:

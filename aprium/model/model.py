@@ -171,16 +171,22 @@ class Attention(nn.Module):
         else:
             assert layout.pages is not None
             keys, values = (t[context.index] for t in (context.state.keys, context.state.values))
+            scales = self.cache_scales()
             for start, length, first, ids in zip(
                 layout.starts, layout.lengths, layout.context, layout.pages, strict=True
             ):
                 rows = slice(start, start + length)
-                attention.write_pages(keys, k[rows], ids, first)
-                attention.write_pages(values, v[rows], ids, first)
+                attention.write_pages(keys, k[rows], ids, first, scales[0])
+                attention.write_pages(values, v[rows], ids, first, scales[1])
             out = attention.paged(
-                q, keys, values, layout.starts, layout.lengths, layout.context, layout.pages
+                q, keys, values, layout.starts, layout.lengths, layout.context, layout.pages, scales
             )
         return self.o_proj(out.flatten(-2))
+
+    def cache_scales(self) -> tuple[float, float]:
+        """Return what keys and values are divided by in an FP8 cache: the file's scales, or 1."""
+        k, v = getattr(self.k_proj, "k_scale", None), getattr(self.v_proj, "v_scale", None)
+        return 1.0 if k is None else float(k), 1.0 if v is None else float(v)
 
 
 class MLP(nn.Module):
@@ -372,6 +378,9 @@ class HybridModel(nn.Module):
         With a `state`, each segment continues its sequence and the state is advanced in place.
         `routing` collects one record per MoE layer.
         """
+        if state is not None and state.is_narrow:
+            with state.widened(layout) as (wide, compact):
+                return self.forward(tokens, compact, wide, routing)
         native = self._native(state, routing)
         if native is not None and state is not None:
             embedded = self._embed(tokens).float()

@@ -25,6 +25,11 @@ from aprium.model.linear import Matrix
 from aprium.model.state import HybridState
 from aprium.ops import _native
 
+_CACHE_FORMATS = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float8_e4m3fn: "fp8",
+}
 ACTIVATION_DTYPES = ("auto", "float32", "bfloat16", "int8")
 _FLOAT_FORMATS = {
     torch.float32: "float32",
@@ -100,8 +105,8 @@ class NativeModel:
     def _addresses(self, state: HybridState) -> Any:
         if self._state[0] is not state:
             groups = (state.conv, state.ssm, state.keys, state.values)
-            half = any(t.dtype == torch.bfloat16 for t in state.keys)
-            found = _library().State(*([t.data_ptr() for t in g] for g in groups), half)
+            cache = _CACHE_FORMATS[state.kv_dtype]
+            found = _library().State(*([t.data_ptr() for t in g] for g in groups), cache)
             self._state = state, found
         return self._state[1]
 
@@ -276,9 +281,8 @@ def _attention(native: NativeModel, block: Any) -> Any:
         native.vector(block.norm.weight),
         config.norm_eps,
         *(native.weight(p) for p in projections),
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
+        (config.num_heads, config.num_kv_heads, config.head_dim),
+        mixer.cache_scales(),
     )
 
 

@@ -2,15 +2,24 @@
 
 A sequence owns one slot (convolution tail and SSM state of every Mamba layer) and as many KV
 pages as its tokens need; who owns which is the engine's business. A sequence whose context is 0
-never reads its slot, so slots and pages are recycled without clearing.
+never reads its slot, so slots and pages are recycled without clearing. SSM states may be kept in
+fewer bits: a step then works on float32 copies of its own slots, and rounds them once at its end.
 """
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aprium.model.config import ModelConfig
+from aprium.model.layout import Layout
+from aprium.ops import fp8
+from aprium.ops.rounding import round_stochastic
+
+_LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -18,8 +27,10 @@ class HybridState:
     """Buffers that `HybridModel.forward` reads and writes in place.
 
     conv: per Mamba layer float32 [slots, conv_kernel - 1, conv_dim], oldest input first.
-    ssm: per Mamba layer float32 [slots, H, P, N].
-    keys, values: per attention layer (backbone first, then the MTP head's) [pages, Q, K, P].
+    ssm: per Mamba layer [slots, H, P, N] of float32, float16 or float8_e4m3fn.
+    ssm_scales: per Mamba layer float32 [slots, H, P], which multiply float8 states; else none.
+    keys, values: per attention layer (backbone first, then the MTP head's) [pages, Q, K, P] of
+    float32, bfloat16 or float8_e4m3fn. `stochastic` rounds narrow SSM states to either neighbour.
     """
 
     conv: tuple[Tensor, ...]
@@ -27,6 +38,9 @@ class HybridState:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     page_size: int
+    kv_dtype: torch.dtype
+    ssm_scales: tuple[Tensor, ...] = ()
+    stochastic: bool = True
 
     @staticmethod
     def allocate(
@@ -36,6 +50,8 @@ class HybridState:
         num_pages: int,
         page_size: int,
         dtype: torch.dtype = torch.float32,
+        ssm_dtype: torch.dtype = torch.float32,
+        stochastic: bool = True,
         device: torch.device | str = "cpu",
     ) -> "HybridState":
         """Allocate buffers, unwritten; `dtype` is that of keys and values."""
@@ -52,16 +68,71 @@ class HybridState:
         def buffers(count: int, shape: tuple[int, ...], kind: torch.dtype) -> tuple[Tensor, ...]:
             return tuple(torch.empty(shape, dtype=kind, device=device) for _ in range(count))
 
+        narrow = ssm_dtype == torch.float8_e4m3fn
         return HybridState(
             conv=buffers(num_mamba, conv_shape, torch.float32),
-            ssm=buffers(num_mamba, ssm_shape, torch.float32),
+            ssm=buffers(num_mamba, ssm_shape, ssm_dtype),
+            ssm_scales=buffers(num_mamba if narrow else 0, ssm_shape[:-1], torch.float32),
             keys=buffers(config.num_attention_caches, kv_shape, dtype),
             values=buffers(config.num_attention_caches, kv_shape, dtype),
             page_size=page_size,
+            kv_dtype=dtype,
+            stochastic=stochastic,
         )
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether SSM states are kept in fewer bits than they are computed in."""
+        return bool(self.ssm) and self.ssm[0].dtype != torch.float32
+
+    @contextmanager
+    def widened(self, layout: Layout) -> Iterator[tuple["HybridState", Layout]]:
+        """Give a float32 copy of the slots of `layout`, and the layout in it; store it afterwards.
+
+        How a sequence's state is rounded depends on its position and layer alone, so not on what
+        it is batched with; it does depend on where steps end.
+        """
+        assert layout.slots is not None
+        slots = layout.slots
+        wide = dataclasses.replace(
+            self,
+            conv=tuple(t[slots] for t in self.conv),
+            ssm=tuple(self._read(layer, slots) for layer in range(len(self.ssm))),
+            ssm_scales=(),
+        )
+        yield wide, dataclasses.replace(layout, slot_ids=tuple(range(layout.num_segments)))
+        for layer, (conv, ssm) in enumerate(zip(wide.conv, wide.ssm, strict=True)):
+            self.conv[layer][slots] = conv
+            for i, slot in enumerate(layout.slot_ids or ()):
+                seed = (layout.context[i] + layout.lengths[i]) * len(self.ssm) + layer
+                self._write(layer, slot, ssm[i], seed)
+
+    def _read(self, layer: int, slots: Tensor) -> Tensor:
+        stored = self.ssm[layer]
+        if stored.dtype == torch.float16:
+            return stored[slots].float()
+        codes = stored.view(torch.uint8)[slots].view(stored.dtype)  # torch cannot index these
+        return fp8.to_float(codes) * self.ssm_scales[layer][slots].unsqueeze(-1)
+
+    def _write(self, layer: int, slot: int, value: Tensor, seed: int) -> None:
+        """Round `value` [H, P, N] into slot `slot`; FP8 rows get their largest value as scale."""
+        stored = self.ssm[layer]
+        if stored.dtype == torch.float8_e4m3fn:
+            largest = value.abs().amax(-1)
+            scale = torch.where(largest > 0, largest / fp8.LARGEST, 1.0)
+            self.ssm_scales[layer][slot] = scale
+            value = value / scale.unsqueeze(-1)
+        if self.stochastic:
+            generator = torch.Generator().manual_seed(seed)
+            rounded = round_stochastic(value, stored.dtype, generator)
+        elif stored.dtype == torch.float16:
+            rounded = value.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
+        else:
+            rounded = fp8.to_fp8(value)
+        stored[slot].copy_(rounded)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers together."""
-        groups = (self.conv, self.ssm, self.keys, self.values)
+        groups = (self.conv, self.ssm, self.ssm_scales, self.keys, self.values)
         return sum(t.numel() * t.element_size() for group in groups for t in group)

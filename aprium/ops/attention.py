@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aprium.ops import fp8
 from aprium.ops.matmul import ROW_TILE
 
 KEY_BLOCK = 256
@@ -34,14 +35,23 @@ def packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat(outputs)
 
 
-def write_pages(pages: Tensor, new: Tensor, page_ids: Tensor, first: int) -> None:
+def write_pages(
+    pages: Tensor, new: Tensor, page_ids: Tensor, first: int, scale: float = 1.0
+) -> None:
     """Store `new` [L, K, P] at positions first, first + 1, ... of one sequence.
 
     `pages` [num_pages, Q, K, P] is mutated; `page_ids` int64 are the sequence's pages in order.
+    Pages of float8_e4m3fn hold values divided by `scale`, saturated.
     """
+    if pages.dtype == torch.float8_e4m3fn:
+        new = fp8.to_fp8(new.float() / scale)
+
     page_size = pages.shape[1]
     position = torch.arange(first, first + new.shape[0], device=new.device)
-    pages[page_ids[position // page_size], position % page_size] = new.to(pages.dtype)
+    new, raw = new.to(pages.dtype), pages
+    if pages.dtype == torch.float8_e4m3fn:  # torch cannot index these
+        new, raw = new.view(torch.uint8), pages.view(torch.uint8)
+    raw[page_ids[position // page_size], position % page_size] = new
 
 
 def paged(
@@ -52,30 +62,39 @@ def paged(
     lengths: Sequence[int],
     context: Sequence[int],
     page_ids: Sequence[Tensor],
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Attend each segment's queries to its sequence's paged keys and values, its own included.
 
     `q` [T, H, P]; `key_pages`, `value_pages` [num_pages, Q, K, P] already hold the step's tokens;
-    sequence i has `context[i]` tokens before its `lengths[i]` new ones. Returns [T, H, P].
+    sequence i has `context[i]` tokens before its `lengths[i]` new ones. `scales` of keys and values
+    multiply those of float8_e4m3fn pages. Returns [T, H, P].
     """
     out = torch.empty_like(q)
     for start, length, done, ids in zip(starts, lengths, context, page_ids, strict=True):
         end = done + length
         used = ids[: -(-end // key_pages.shape[1])]
-        keys, values = (_gather(p, used, end, q.dtype) for p in (key_pages, value_pages))
+        keys, values = (
+            _gather(pages, used, end, q.dtype, scale)
+            for pages, scale in zip((key_pages, value_pages), scales, strict=True)
+        )
         for begin in range(0, length, _QUERY_TILE):
             rows = slice(start + begin, start + min(begin + _QUERY_TILE, length))
             out[rows] = _attend(q[rows], keys, values, done + begin)
     return out
 
 
-def _gather(pages: Tensor, ids: Tensor, end: int, dtype: torch.dtype) -> Tensor:
+def _gather(pages: Tensor, ids: Tensor, end: int, dtype: torch.dtype, scale: float) -> Tensor:
     """Return the first `end` positions as [blocks, K, KEY_BLOCK, P'], zeros after them.
 
     P' is P filled up with zeros to a multiple of 16: matrix products with fewer columns at their
     edge may sum in another order for other numbers of rows.
     """
-    flat = pages[ids].flatten(0, 1)[:end].to(dtype)
+    if pages.dtype == torch.float8_e4m3fn:
+        codes = pages.view(torch.uint8)[ids].flatten(0, 1)[:end].view(pages.dtype)
+        flat = fp8.to_float(codes).mul_(scale).to(dtype)
+    else:
+        flat = pages[ids].flatten(0, 1)[:end].to(dtype)
     flat = F.pad(flat, (0, -flat.shape[2] % _COLUMN_TILE, 0, 0, 0, -end % KEY_BLOCK))
     return flat.unflatten(0, (-1, KEY_BLOCK)).transpose(1, 2).contiguous()
 

@@ -39,7 +39,7 @@ _QUANTIZATIONS = (
     "modelopt", "modelopt_fp4", "modelopt_mixed", "nvfp4", "fp4", "fp8", "compressed_tensors"
 )  # fmt: skip
 _ONE_PROCESS = "this engine runs in one process on one machine, leave the flag out or give 1"
-_STATE = "the recurrent state is kept in float32, leave the flag out"
+_STATE = "convolution tails are kept in float32, use --mamba-ssm-cache-dtype for the states"
 
 FLAGS: tuple[Flag, ...] = (
     Flag(name="model", help="The model, instead of the argument."),
@@ -126,12 +126,24 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="data-parallel-size", accepts=("1",), remedy=_ONE_PROCESS, takes=False),
     Flag(
         name="kv-cache-dtype",
-        accepts=("auto",),
-        remedy="keys and values have the dtype of the activations, use --dtype bfloat16 to halve "
-        "them",
-        takes=False,
+        default="auto",
+        accepts=("auto", "float32", "bfloat16", "fp8", "fp8_e4m3"),
+        remedy="use auto (that of activations), float32, bfloat16 or fp8",
+        help="Dtype of keys and values: auto (that of activations), float32, bfloat16 or fp8.",
     ),
-    Flag(name="mamba-ssm-cache-dtype", accepts=("auto", "float32"), remedy=_STATE, takes=False),
+    Flag(
+        name="mamba-ssm-cache-dtype",
+        default="auto",
+        accepts=("auto", "float32", "float16", "fp8"),
+        remedy="use auto (float32), float32, float16 or fp8",
+        help="Dtype of recurrent states between steps: auto (float32), float32, float16 or fp8.",
+    ),
+    Flag(
+        name="enable-mamba-cache-stochastic-rounding",
+        kind="switch",
+        default=True,
+        help="Round narrower recurrent states to either neighbour by chance, not to the nearest.",
+    ),
     Flag(name="mamba-cache-dtype", accepts=("auto", "float32"), remedy=_STATE, takes=False),
     Flag(
         name="mamba-cache-mode",
@@ -171,7 +183,7 @@ FLAGS: tuple[Flag, ...] = (
 )
 
 _PREFIX = "prefixes are not reused yet, leave the flag out"
-_ROUNDING = "the recurrent state is kept in float32 and needs no such rounding, leave the flag out"
+_ROUNDING = "the generator of stochastic rounding is PyTorch's own, leave the flag out"
 _ADAPTERS = "adapters are not supported, merge them into the checkpoint first"
 _QUEUE = "the queue has no bound yet, put the limit into the proxy in front"
 
@@ -182,7 +194,6 @@ REFUSED: dict[str, str] = {
     "mamba-block-size": _PREFIX,
     "prefix-match-unit": _PREFIX,
     "enable-mamba-fine-grained-prefix-cache": _PREFIX,
-    "enable-mamba-cache-stochastic-rounding": _ROUNDING,
     "mamba-cache-philox-rounds": _ROUNDING,
     "enable-expert-parallel": "all experts run in one process, leave the flag out",
     "cpu-offload-params": "the weights are in main memory already, leave the flag out",

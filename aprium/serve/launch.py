@@ -28,6 +28,9 @@ from aprium.text.tokenizer import read_json
 # Flag -> field of EngineConfig, for those passed on as they are.
 _ENGINE_FIELDS = {
     "activation-dtype": "activation_dtype",
+    "kv-cache-dtype": "kv_cache_dtype",
+    "mamba-ssm-cache-dtype": "mamba_ssm_cache_dtype",
+    "enable-mamba-cache-stochastic-rounding": "mamba_cache_stochastic_rounding",
     "load": "load",
     "max-model-len": "max_model_len",
     "max-num-seqs": "max_num_seqs",

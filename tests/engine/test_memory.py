@@ -17,6 +17,7 @@ GIB = 1 << 30
 def plan(name="nano", *, free=64 * GIB, **options):
     defaults = {
         "dtype": torch.float32,
+        "ssm_dtype": torch.float32,
         "max_model_len": None,
         "max_num_seqs": 4,
         "page_size": 64,
@@ -25,11 +26,13 @@ def plan(name="nano", *, free=64 * GIB, **options):
     return plan_cache(preset(name), **(defaults | options), free_bytes=free)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_planned_bytes_are_the_allocated_ones(dtype):
-    sizes = plan("toy", max_model_len=100, dtype=dtype, page_size=16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("ssm_dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_planned_bytes_are_the_allocated_ones(dtype, ssm_dtype):
+    dtypes = {"dtype": dtype, "ssm_dtype": ssm_dtype}
+    sizes = plan("toy", max_model_len=100, page_size=16, **dtypes)
     state = HybridState.allocate(
-        preset("toy"), num_slots=4, num_pages=sizes.num_pages, page_size=16, dtype=dtype
+        preset("toy"), num_slots=4, num_pages=sizes.num_pages, page_size=16, **dtypes
     )
     assert state.num_bytes == sizes.kv_bytes + sizes.state_bytes
 

@@ -1,6 +1,7 @@
 """The model against itself: packing, chunking, stepwise decode, drafting, gradients, names."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ def toy() -> HybridModel:
     return random_model(TOY, 0)
 
 
-def dirty_state(config: ModelConfig = TOY) -> HybridState:
+def dirty_state(config: ModelConfig = TOY, **options: Any) -> HybridState:
     """A state full of another sequence's leftovers, as a recycled one is."""
-    state = HybridState.allocate(config, num_slots=4, num_pages=40, page_size=PAGE)
-    for group in (state.conv, state.ssm, state.keys, state.values):
+    state = HybridState.allocate(config, num_slots=4, num_pages=40, page_size=PAGE, **options)
+    for group in (state.conv, state.ssm, state.ssm_scales, state.keys, state.values):
         for buffer in group:
             buffer.fill_(float("nan"))
     return state
@@ -38,9 +39,11 @@ def pages_of(sequence: int) -> list[int]:
 
 
 @torch.inference_mode()
-def run_schedule(model: HybridModel, prompts: list[torch.Tensor], steps: list[list[int]]):
+def run_schedule(
+    model: HybridModel, prompts: list[torch.Tensor], steps: list[list[int]], **options: Any
+) -> list[torch.Tensor]:
     """Run `steps` (tokens of each sequence at each step); return each sequence's hidden states."""
-    state, done = dirty_state(model.config), [0] * len(prompts)
+    state, done = dirty_state(model.config, **options), [0] * len(prompts)
     collected: list[list[torch.Tensor]] = [[] for _ in prompts]
     for step in steps:
         active = [i for i, n in enumerate(step) if n]

@@ -81,8 +81,9 @@ def test_values(name: str, value: str, result: Any) -> None:
         ("default-chat-template-kwargs", "{", "is not JSON"),
         ("default-chat-template-kwargs", "[1]", "JSON object"),
         ("tensor-parallel-size", "8", "one process"),
-        ("kv-cache-dtype", "fp8", "bfloat16 to halve"),
-        ("mamba-ssm-cache-dtype", "float16", "float32"),
+        ("kv-cache-dtype", "fp8_e5m2", "float32, bfloat16 or fp8"),
+        ("mamba-ssm-cache-dtype", "bfloat16", "float16 or fp8"),
+        ("mamba-cache-dtype", "float16", "--mamba-ssm-cache-dtype"),
         ("dtype", "float16", "use auto, float32 or bfloat16"),
         ("quantization", "awq", "format the checkpoint has"),
         ("tool-call-parser", "hermes", "always parsed"),
@@ -99,7 +100,7 @@ def test_values_that_cannot_be_had(name: str, value: str, remedy: str) -> None:
 def test_values_that_change_nothing() -> None:
     harmless = {
         "tensor-parallel-size": "1",
-        "kv-cache-dtype": "auto",
+        "mamba-cache-dtype": "float32",
         "reasoning-parser": "nano-v3",
         "tool-call-parser": "qwen3_coder",
         "gpu-memory-utilization": "0.9",
