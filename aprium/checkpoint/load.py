@@ -118,13 +118,7 @@ def load_checkpoint(
     with torch.device("meta"):
         model = HybridModel(plan.config, plan.quant, compute_dtype=compute_dtype)
     tensors = dict(plan.tensors)
-    derived = read_transposed(plan.path, tensors) if transposed else {}
-    for name in derived:
-        module = parameter_of(name)[0].rpartition(".")[0]
-        matrix = model.get_submodule(module)
-        assert isinstance(matrix, Matrix)
-        if not matrix.transposed:
-            matrix.set_transposed()
+    derived = _take_transposed(model, plan) if transposed else {}
     tensors |= derived
     stored = tensors.values()
     size = sum(tensor.end - tensor.start for tensor in stored)
@@ -152,6 +146,17 @@ def load_checkpoint(
         load=load,
         transposed=bool(derived),
     )
+
+
+def _take_transposed(model: HybridModel, plan: Plan) -> dict[str, StoredTensor]:
+    """Return the tensors that are there by columns, and make `model` expect them so."""
+    derived = read_transposed(plan.path, plan.tensors)
+    for name in derived:
+        matrix = model.get_submodule(parameter_of(name)[0].rpartition(".")[0])
+        assert isinstance(matrix, Matrix)
+        if not matrix.transposed:
+            matrix.set_transposed()
+    return derived
 
 
 def choose_load(num_bytes: int) -> Literal["memory", "mmap"]:

@@ -86,10 +86,10 @@ def quantize(
             f"{source} is quantised already: make a BF16 checkpoint of it first, with "
             "`aprium convert --to bf16`"
         )
-    if recipe.needs_inputs and not calibration:
-        raise QuantizeError("this recipe needs calibration samples: give some")
     chosen = formats_of(recipe, plan.config) if formats is None else formats
-    work = _Work(plan, target, recipe, chosen, [list(s) for s in calibration])
+    if recipe.needs_inputs(chosen.values()) and not calibration:
+        raise QuantizeError("this recipe needs calibration samples: give some")
+    work = _Work(plan, target.absolute(), recipe, chosen, [list(s) for s in calibration])
     return work.run([list(s) for s in heldout])
 
 
@@ -147,7 +147,8 @@ class _Work:
         fill(self.model, self.plan.tensors, f"{name}.")
         block = self.model.get_submodule(name)
         assert isinstance(block, Block)
-        seen = Inputs() if state.seen and self.recipe.needs_inputs else None
+        needed = self.recipe.needs_inputs(self.formats.values())
+        seen = Inputs() if state.seen and needed else None
         held = Inputs() if state.after else None
         if state.seen is not None and seen is not None:
             state.seen.copy().advance(block, seen)

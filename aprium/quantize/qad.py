@@ -6,10 +6,12 @@ each step ("dynamic"), or stay those that rounding the teacher gave ("frozen"), 
 move. Source: arXiv 2601.20088 (QAD); docs/numerics.md.
 """
 
+import hashlib
+import json
 import random
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +33,15 @@ from aprium.train.losses import LossConfig
 from aprium.train.optim import OptimConfig
 from aprium.train.trainer import Trainer, TrainerConfig
 
+_LOSS = LossConfig(ce_weight=0.0, kl_weight=1.0, mtp_weight=0.0, balance_weight=0.0, bias_rate=0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class QadConfig:
     """How to distil: `steps` of about `tokens_per_step` tokens, peak learning rate `lr`.
 
-    The rate warms up over a tenth of the steps and falls to a tenth by a cosine.
+    The rate warms up over a tenth of the steps and falls to a tenth by a cosine. Raises
+    QuantizeError for a value out of range.
     """
 
     steps: int = 200
@@ -44,6 +49,12 @@ class QadConfig:
     tokens_per_step: int = 4096
     scales: Literal["dynamic", "frozen"] = "frozen"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("steps", "lr", "tokens_per_step"):
+            if getattr(self, name) <= 0:
+                raise QuantizeError(f"{name} is {getattr(self, name)}: it must be positive")
 
 
 class FakeQuant(nn.Module):
@@ -129,20 +140,8 @@ def distil(
     if stored.config != teacher.config:
         raise QuantizeError(f"{target} was not made of {source}: their shapes differ")
     teacher.model.requires_grad_(False)
-    student = HybridModel(teacher.config, dtype=torch.float32)
-    student.load_state_dict(teacher.model.state_dict())
-    quantised = _quantised(stored.model)
-    for name, matrix in quantised.items():
-        fixed = None
-        if config.scales == "frozen" and matrix.format != "fp8":
-            fixed = (matrix.pick("weight_scale").detach(), matrix.pick("weight_scale_2").detach())
-        fake = FakeQuant(str(matrix.format), rule, fixed)
-        parametrize.register_parametrization(student.get_submodule(name), "weight", fake)
-    # The prediction head is not part of the loss, and the selection bias stays the teacher's.
-    for name, parameter in student.named_parameters():
-        if name.startswith("mtp."):
-            parameter.requires_grad_(False)
-    output = target.parent / f".{target.name}.qad"
+    student = _student(teacher.model, stored.model, rule, config.scales)
+    output = _output(target.absolute(), [str(source), rule, asdict(config), list(samples)])
     trainer = Trainer(
         student,
         _Source(samples, config),
@@ -156,9 +155,7 @@ def distil(
             warmup_steps=max(1, config.steps // 10),
             final_fraction=0.1,
         ),
-        loss=LossConfig(
-            ce_weight=0.0, kl_weight=1.0, mtp_weight=0.0, balance_weight=0.0, bias_rate=0.0
-        ),
+        loss=_LOSS,
         config=TrainerConfig(
             steps=config.steps,
             eval_every=config.steps,
@@ -169,10 +166,38 @@ def distil(
     )
     if not trainer.run():
         raise QuantizeError(f"stopped at step {trainer.progress.step}: the same command continues")
-    _store(stored.model, student, quantised)
+    _store(stored.model, student)
     save_checkpoint(stored, target)
     shutil.rmtree(output)
     return evaluate(teacher.model, load_checkpoint(target).model, heldout)
+
+
+def _output(target: Path, facts: list[Any]) -> Path:
+    """Return where the trainer works beside `target`; what another run left there is removed."""
+    output = target.parent / f".{target.name}.qad"
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    file = output / "key"
+    if not file.exists() or file.read_text(encoding="utf-8") != key:
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        file.write_text(key, encoding="utf-8")
+    return output
+
+
+def _student(teacher: HybridModel, stored: HybridModel, rule: Rule, scales: str) -> HybridModel:
+    """Return the teacher in float32, its forward pass quantised as `stored` is."""
+    student = HybridModel(teacher.config, dtype=torch.float32)
+    student.load_state_dict(teacher.state_dict())
+    for name, matrix in _quantised(stored).items():
+        fixed = None
+        if scales == "frozen" and matrix.format != "fp8":
+            fixed = (matrix.pick("weight_scale").detach(), matrix.pick("weight_scale_2").detach())
+        fake = FakeQuant(str(matrix.format), rule, fixed)
+        parametrize.register_parametrization(student.get_submodule(name), "weight", fake)
+    for name, parameter in student.named_parameters():
+        if name.startswith("mtp."):  # the loss does not reach it
+            parameter.requires_grad_(False)
+    return student
 
 
 def _quantised(model: HybridModel) -> dict[str, Matrix]:
@@ -184,8 +209,9 @@ def _quantised(model: HybridModel) -> dict[str, Matrix]:
 
 
 @torch.no_grad()
-def _store(stored: HybridModel, student: HybridModel, quantised: Mapping[str, Matrix]) -> None:
+def _store(stored: HybridModel, student: HybridModel) -> None:
     """Put the student's weights into the stored model, encoded where that is quantised."""
+    quantised = _quantised(stored)
     for name in quantised:
         module = student.get_submodule(name)
         (fake,) = module.parametrizations["weight"]  # type: ignore[index]

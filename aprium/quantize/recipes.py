@@ -5,8 +5,8 @@ to a role, so that a recipe fits every shape of the family. Formats of single ma
 finds them, replace those of roles. No torch. Source: docs/architecture.md (quantised checkpoints).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -67,12 +67,11 @@ class Recipe:
     kv_scales: bool = False
     keep_mamba_before_attention: bool = False
 
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether calibration inputs decide anything that is written."""
-        static = {getattr(self.formats, f.name) for f in fields(Formats)} & {"fp8", "nvfp4"}
+    def needs_inputs(self, formats: Iterable[str | None]) -> bool:
+        """Tell whether calibration inputs decide anything that is written in these `formats`."""
+        static = bool({"fp8", "nvfp4"} & set(formats))
         searched = self.weighted and self.rule != "max"
-        return bool(static) or searched or self.method == "gptq" or self.kv_scales
+        return static or searched or self.method == "gptq" or self.kv_scales
 
 
 def names() -> list[str]:

@@ -53,7 +53,8 @@ def run(
     `say` takes what is worth showing on the way. Raises QuantizeError, DataError, CheckpointError.
     """
     path = resolve(source)
-    needed = recipe.needs_inputs or options.budget is not None or options.distil is not None
+    needed = recipe.needs_inputs(asdict(recipe.formats).values())
+    needed |= options.budget is not None or options.distil is not None
     calibration: list[list[int]] = []
     heldout: list[list[int]] = []
     if needed or options.evaluate:

@@ -19,6 +19,7 @@ from aprium.model.model import Block, Context, MoE, Routing
 from aprium.ops.matmul import linear
 
 _STEP_TOKENS = 4096
+_LOGITS = 1 << 24  # held at a time, of each stream
 
 
 @dataclass
@@ -160,20 +161,22 @@ def compare(reference: Stream, other: Stream, head: Tensor, other_head: Tensor) 
     both have the same first choice.
     """
     total = {"before": 0.0, "after": 0.0, "kl": 0.0, "agree": 0.0}
-    count, begin = 0, 0
-    for length in reference.lengths:
-        rows, targets = slice(begin, begin + length - 1), slice(begin + 1, begin + length)
-        begin += length
+    lengths = torch.tensor(reference.lengths)
+    last = lengths.cumsum(0) - 1  # of each sequence: nothing comes after it
+    wanted_rows = torch.ones(len(reference.tokens), dtype=torch.bool)
+    wanted_rows[last] = False
+    places = wanted_rows.nonzero().squeeze(1)
+    count = len(places)
+    for rows in places.split(max(1, _LOGITS // head.shape[0])):
         one, two = (
             linear(stream.hidden[rows], weight).float().log_softmax(-1)
             for stream, weight in ((reference, head), (other, other_head))
         )
-        wanted = reference.tokens[targets].unsqueeze(1)
+        wanted = reference.tokens[rows + 1].unsqueeze(1)
         total["before"] -= float(one.gather(1, wanted).sum())
         total["after"] -= float(two.gather(1, wanted).sum())
         total["kl"] += float(F.kl_div(two, one, reduction="sum", log_target=True))
         total["agree"] += int((one.argmax(-1) == two.argmax(-1)).sum())
-        count += length - 1
     mean = {name: value / count for name, value in total.items()}
     return {
         "perplexity_before": float(torch.tensor(mean["before"]).exp()),

@@ -11,10 +11,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("name", "shows"), [("chat", "answer:"), ("serve", "\n"), ("train", "held-out loss")]
+    ("name", "shows"),
+    [
+        ("chat", "answer:"),
+        ("quantise", "perplexity"),
+        ("serve", "\n"),
+        ("train", "held-out loss"),
+    ],
 )
 def test_example(name: str, shows: str, tmp_path: Path) -> None:
-    arguments = [str(tmp_path)] if name == "train" else []
+    arguments = [str(tmp_path)] if name in ("train", "quantise") else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments],

@@ -179,6 +179,15 @@ def test_generation_runs_on_the_result(tmp_path, samples):
     assert said[len(samples[0]) - 1 : -1].tolist() == list(completion.tokens)
 
 
+def test_formats_of_a_search_get_what_they_need(tmp_path, samples):
+    recipe = recipes.read("nvfp4-all")  # which needs no inputs
+    formats = {"backbone.layers.0.mixer.in_proj": "fp8"}
+    with pytest.raises(QuantizeError, match="needs calibration samples"):
+        pipeline.quantize(PICO_DIR, tmp_path / "out", recipe, formats=formats)
+    pipeline.quantize(PICO_DIR, tmp_path / "out", recipe, calibration=samples, formats=formats)
+    assert load_checkpoint(tmp_path / "out").quant.formats == formats
+
+
 def test_what_cannot_be_done_is_refused(toy, tmp_path, samples, numbers):
     with pytest.raises(QuantizeError, match="needs calibration samples"):
         pipeline.quantize(toy, tmp_path / "out", recipes.read("fp8"))

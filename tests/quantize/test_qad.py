@@ -1,5 +1,7 @@
 """Distillation: it helps, it keeps what it should, and the file holds what was trained."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from aprium.model.linear import Matrix
 from aprium.ops import nvfp4
 from aprium.quantize import pipeline, recipes
 from aprium.quantize.qad import FakeQuant, QadConfig, distil
+from aprium.train import trainer
 
 
 @pytest.mark.parametrize("scales", ["frozen", "dynamic"])
@@ -52,3 +55,42 @@ def test_fake_quantisation_is_what_is_stored_and_passes_gradients():
 def test_refuses_a_target_that_is_not_quantised(tmp_path, samples):
     with pytest.raises(QuantizeError, match="no quantised matrices"):
         distil(PICO_DIR, PICO_DIR, "max", QadConfig(), samples=samples, heldout=samples)
+
+
+def test_goes_on_with_its_own_work_only(tmp_path, samples, monkeypatch):
+    target = tmp_path / "out"
+    recipe = recipes.read("nvfp4-all")
+    config = QadConfig(steps=4, lr=1e-4, tokens_per_step=256)
+
+    def run(**changes):
+        pipeline.quantize(PICO_DIR, target, recipe, calibration=samples)
+        wanted = dataclasses.replace(config, **changes)
+        distil(PICO_DIR, target, recipe.rule, wanted, samples=samples, heldout=samples[:2])
+        return (target / "model.safetensors").read_bytes()
+
+    whole = run()
+    begun: list[int] = []
+    original = trainer.Trainer.train_step
+
+    def step(self, batch):
+        begun.append(self.progress.step)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert run() == whole
+    assert begun == [0, 1, 2, 2, 3]
+    begun.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    begun.append(-1)
+    run(seed=1)
+    assert begun[4:] == [0, 1, 2, 3]
+
+
+def test_refuses_values_out_of_range():
+    with pytest.raises(QuantizeError, match="steps is 0: it must be positive"):
+        QadConfig(steps=0)
