@@ -115,7 +115,8 @@ void Machine::norm(const Floats& weight, float eps, const float* x, int64_t num_
          [&](int64_t t, int) { kernels.rms_norm(x + t * size, weight.data(), eps, size, out + t * size); });
 }
 
-void Mamba::run(Machine& m, float* x, const Step& step, float* conv, float* ssm) const {
+void Mamba::run(Machine& m, float* x, const Step& step, float* conv, float* ssm, float* ring,
+                int64_t ring_size) const {
     int64_t tokens = step.num_tokens, dim = (int64_t)norm.size(), width = in_proj.matrix.rows;
     int64_t inner = heads * head_dim, channels = inner + 2 * num_groups * state_size;
     float *normed = m.normed.floats(tokens * dim), *projected = m.wide.floats(tokens * width);
@@ -128,13 +129,18 @@ void Mamba::run(Machine& m, float* x, const Step& step, float* conv, float* ssm)
         return MambaTask{projected + step.starts[s] * width, step.lengths[s], width, i % num_groups, num_groups, heads,
                          head_dim, state_size, kernel, conv_weight.data(), conv_bias.empty() ? nullptr : conv_bias.data(),
                          a.data(), d.data(), dt_bias.data(), mixer_norm.data(), dt_min, dt_max, eps,
-                         conv + slot * (kernel - 1) * channels, ssm + slot * inner * state_size, step.context[s] == 0,
-                         mixed + step.starts[s] * inner};
+                         conv + slot * (kernel - 1) * channels, ssm + slot * inner * state_size,
+                         step.context[s] == step.replay[s], ring + slot * ring_size * width, step.replay[s],
+                         step.hold[s] != 0, mixed + step.starts[s] * inner};
     };
     m.each(sequences * num_groups, tokens * inner * state_size / (sequences * num_groups), [&](int64_t i, int thread) {
         MambaTask t = task(i);
         m.kernels.mamba(t, m.pool.scratch(thread).bytes(m.kernels.mamba_scratch(t)));
     });
+    for (int64_t s = 0; s < sequences; s++)
+        if (step.hold[s])
+            memcpy(ring + step.slots[s] * ring_size * width, projected + step.starts[s] * width,
+                   step.lengths[s] * width * 4);
     float* out = m.normed.floats(tokens * dim);
     m.linear(out_proj, mixed, tokens, out, m.packed[0]);
     m.kernels.add(x, out, tokens * dim);

@@ -19,6 +19,9 @@ using Floats = std::vector<float>;
 // Segments of a packed step, as `Layout` has them.
 struct Step {
     std::vector<int64_t> lengths, starts, context, slots;
+    // By sequence: how many tokens of the ring to replay first, and whether to hold the recurrent state
+    // there and put this step's tokens into the ring.
+    std::vector<int64_t> replay, hold;
     std::vector<std::vector<int64_t>> pages;
     int64_t page_size, num_tokens;
 };
@@ -98,8 +101,10 @@ struct Mamba {
     int64_t num_groups, heads, head_dim, state_size, kernel;
     Floats conv_weight, conv_bias, a, d, dt_bias, mixer_norm;  // conv_weight [kernel, channels]
     float dt_min, dt_max;
-    // x [T, D] += mixer(norm(x)); conv [slots, kernel - 1, channels], ssm [slots, H, P, N].
-    void run(Machine& machine, float* x, const Step& step, float* conv, float* ssm) const;
+    // x [T, D] += mixer(norm(x)); conv [slots, kernel - 1, channels], ssm [slots, H, P, N], ring
+    // [slots, ring_size, in_proj's rows].
+    void run(Machine& machine, float* x, const Step& step, float* conv, float* ssm, float* ring,
+             int64_t ring_size) const;
 };
 
 struct Attention {

@@ -46,7 +46,10 @@ struct MambaTask {
     float dt_min, dt_max, eps;
     float* tail;   // [kernel - 1, channels] of this sequence, read and written
     float* state;  // [heads, head_dim, state_size]
-    bool fresh;    // no context: what tail and state hold is not read
+    bool fresh;    // tail and state are those of no token: what they hold is not read
+    const float* replayed;  // [num_replayed, width]: tokens before, not in tail and state yet
+    int64_t num_replayed;
+    bool hold;     // leave `tail` and `state` as they are after the replayed tokens
     float* out;    // [tokens, inner]
 };
 

@@ -125,7 +125,9 @@ struct MambaShape {  // sizes of one group, and where its parts lie in a row of 
 
 inline int64_t mamba_scratch(const MambaTask& t) {
     MambaShape s(t);
-    return ((t.kernel - 1 + 2 * kChunk) * s.row + kChunk * (s.x + 2 * up16(s.heads)) + kMaxHeadRows * 16 + 64 * 16) * 4;
+    int64_t held = t.hold ? s.inner * t.state_size : 0;
+    return ((t.kernel - 1 + 2 * kChunk) * s.row + kChunk * (s.x + 2 * up16(s.heads)) + kMaxHeadRows * 16 + 64 * 16 +
+            held) * 4;
 }
 
 // Copy the group's channels of a row [conv_dim] into one of the scratch, or back.
@@ -195,10 +197,10 @@ inline float walk_any(float* state, int64_t size, float x, const float* b, const
     return reduce_add(sum);
 }
 
-inline void walk_head(const MambaTask& t, const MambaShape& s, int64_t head, const float* conv, const float* decay,
-                      const float* dt, int64_t count, float* y) {
+inline void walk_head(const MambaTask& t, const MambaShape& s, float* states, int64_t head, const float* conv,
+                      const float* decay, const float* dt, int64_t count, float* y) {
     int64_t per_token = up16(s.heads), size = t.state_size;
-    float* state = t.state + (t.group * s.heads + head) * t.head_dim * size;
+    float* state = states + head * t.head_dim * size;
     const float *b = conv + s.x, *c = b + s.b;
     for (int64_t p = 0; p < t.head_dim;) {
         const float* x = conv + head * t.head_dim + p;
@@ -244,41 +246,66 @@ inline void gate_and_norm(const MambaTask& t, const MambaShape& s, float* y, con
     rms_norm(y, t.norm_weight + t.group * s.inner, t.eps, s.inner, out);
 }
 
-inline void mamba(const MambaTask& t, uint8_t* scratch) {
-    MambaShape s(t);
+// Tokens that a walk goes over; `out` null: only their effect on the state `states` of the group counts.
+struct MambaRun {
+    const float* projected;
+    int64_t tokens;
+    float* states;
+    bool fresh, keep_tail;
+    float* out;
+};
+
+inline void run_mamba(const MambaTask& t, const MambaShape& s, const MambaRun& run, uint8_t* scratch) {
     int64_t history = t.kernel - 1, per_token = up16(s.heads);
     float* in = (float*)scratch;
     float* conv = in + (history + kChunk) * s.row;
     float* y = conv + kChunk * s.row;
     float *dt = y + kChunk * s.x, *decay = dt + kChunk * per_token;
     memset(scratch, 0, ((history + kChunk) + kChunk) * s.row * 4);  // what pads a row stays zero
-    if (t.fresh) {
-        memset(t.state + t.group * s.inner * t.state_size, 0, s.inner * t.state_size * 4);
+    if (run.fresh) {
+        memset(run.states, 0, s.inner * t.state_size * 4);
     } else {
         for (int64_t k = 0; k < history; k++) gather_row(t, s, t.tail + k * s.conv_dim, in + k * s.row);
     }
     int64_t all = t.heads * t.head_dim;
-    for (int64_t done = 0; done < t.tokens; done += kChunk) {
-        int64_t count = t.tokens - done < kChunk ? t.tokens - done : kChunk;
+    for (int64_t done = 0; done < run.tokens; done += kChunk) {
+        int64_t count = run.tokens - done < kChunk ? run.tokens - done : kChunk;
         for (int64_t n = 0; n < count; n++) {
-            const float* row = t.projected + (done + n) * t.width;
+            const float* row = run.projected + (done + n) * t.width;
             gather_row(t, s, row + all, in + (history + n) * s.row);
             step_sizes(t, s, row, dt + n * per_token, decay + n * per_token);
         }
         convolve(t, s, in, count, conv);
-        for (int64_t h = 0; h < s.heads; h++) walk_head(t, s, h, conv, decay, dt, count, y);
-        for (int64_t n = 0; n < count; n++) {
+        for (int64_t h = 0; h < s.heads; h++) walk_head(t, s, run.states, h, conv, decay, dt, count, y);
+        for (int64_t n = 0; n < count && run.out; n++) {
             for (int64_t h = 0; h < s.heads; h++) {
                 float d = t.d[t.group * s.heads + h];
                 for (int64_t p = h * t.head_dim; p < (h + 1) * t.head_dim; p++)
                     y[n * s.x + p] += conv[n * s.row + p] * d;
             }
-            gate_and_norm(t, s, y + n * s.x, t.projected + (done + n) * t.width + t.group * s.inner,
-                          t.out + (done + n) * all + t.group * s.inner);
+            gate_and_norm(t, s, y + n * s.x, run.projected + (done + n) * t.width + t.group * s.inner,
+                          run.out + (done + n) * all + t.group * s.inner);
         }
         memmove(in, in + count * s.row, history * s.row * 4);
     }
-    for (int64_t k = 0; k < history; k++) scatter_row(t, s, in + k * s.row, t.tail + k * s.conv_dim);
+    for (int64_t k = 0; k < history && run.keep_tail; k++) scatter_row(t, s, in + k * s.row, t.tail + k * s.conv_dim);
+}
+
+inline void mamba(const MambaTask& t, uint8_t* scratch) {
+    MambaShape s(t);
+    float* states = t.state + t.group * s.inner * t.state_size;
+    bool fresh = t.fresh;
+    if (t.num_replayed) {
+        run_mamba(t, s, {t.replayed, t.num_replayed, states, fresh, true, nullptr}, scratch);
+        fresh = false;
+    }
+    if (t.hold) {
+        int64_t bytes = s.inner * t.state_size * 4;
+        float* copy = (float*)(scratch + mamba_scratch(t) - bytes);
+        if (!fresh) memcpy(copy, states, bytes);
+        states = copy;
+    }
+    run_mamba(t, s, {t.projected, t.tokens, states, fresh, !t.hold, t.out}, scratch);
 }
 
 // ---- attention ----

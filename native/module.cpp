@@ -164,7 +164,8 @@ void encode_nvfp4(Machine& m, int rule, bool half, uintptr_t x, uintptr_t import
 
 // Where a model's generation state lies: addresses by layer, as in `HybridState`.
 struct State {
-    std::vector<uintptr_t> conv, ssm, keys, values;
+    std::vector<uintptr_t> conv, ssm, ring, keys, values;
+    int64_t ring_size;
     Format cache;
 };
 
@@ -197,10 +198,12 @@ NB_MODULE(_kernels, module) {
     nb::class_<Step>(module, "Step")
         .def("__init__",
              [](Step* self, std::vector<int64_t> lengths, std::vector<int64_t> starts, std::vector<int64_t> context,
-                std::vector<int64_t> slots, std::vector<std::vector<int64_t>> pages, int64_t page_size) {
+                std::vector<int64_t> slots, std::vector<int64_t> replay, std::vector<int64_t> hold,
+                std::vector<std::vector<int64_t>> pages, int64_t page_size) {
                  int64_t tokens = starts.back() + lengths.back();
                  new (self) Step{std::move(lengths), std::move(starts), std::move(context), std::move(slots),
-                                 std::move(pages),   page_size,         tokens};
+                                 std::move(replay),  std::move(hold),   std::move(pages),   page_size,
+                                 tokens};
              });
 
     nb::class_<Machine>(module, "Machine")
@@ -281,17 +284,19 @@ NB_MODULE(_kernels, module) {
 
     nb::class_<State>(module, "State")
         .def("__init__",
-             [](State* self, std::vector<uintptr_t> conv, std::vector<uintptr_t> ssm, std::vector<uintptr_t> keys,
-                std::vector<uintptr_t> values, const std::string& cache) {
-                 new (self) State{std::move(conv), std::move(ssm), std::move(keys), std::move(values),
-                                  format_of(cache)};
+             [](State* self, std::vector<uintptr_t> conv, std::vector<uintptr_t> ssm, std::vector<uintptr_t> ring,
+                std::vector<uintptr_t> keys, std::vector<uintptr_t> values, int64_t ring_size,
+                const std::string& cache) {
+                 new (self) State{std::move(conv), std::move(ssm),   std::move(ring),  std::move(keys),
+                                  std::move(values), ring_size, format_of(cache)};
              });
     nb::class_<Program>(module, "Program")
         .def(nb::init<>())
         .def("add",
              [](Program& self, const Mamba& layer, int64_t index) {
                  self.layers.push_back([&layer, index](Machine& m, float* x, const Step& step, const State& state) {
-                     layer.run(m, x, step, at<float>(state.conv[index]), at<float>(state.ssm[index]));
+                     layer.run(m, x, step, at<float>(state.conv[index]), at<float>(state.ssm[index]),
+                               at<float>(state.ring[index]), state.ring_size);
                  });
              }, nb::keep_alive<1, 2>())
         .def("add",

@@ -22,7 +22,9 @@ class Layout:
 
     lengths, starts, context: per sequence, new tokens, offset of the first in T, tokens already
     in the state. slot_ids: per sequence its recurrent slot, page_ids its KV pages in order of
-    position; None without a state.
+    position; None without a state. replay: how many of the context's last tokens are in the state's
+    ring and not in its slot yet; hold: whether this step's tokens, which may be taken back, go into
+    the ring and not into the slot (see `HybridState`).
     """
 
     lengths: tuple[int, ...]
@@ -30,6 +32,8 @@ class Layout:
     context: tuple[int, ...]
     slot_ids: tuple[int, ...] | None = None
     page_ids: tuple[tuple[int, ...], ...] | None = None
+    replay: tuple[int, ...] = ()
+    hold: tuple[bool, ...] = ()
     page_size: int = 0
     device: torch.device | str = "cpu"
 
@@ -47,8 +51,10 @@ class Layout:
 
     @functools.cached_property
     def has_context(self) -> Tensor:
-        """Whether each sequence has tokens in the state, bool [S]."""
-        return torch.tensor([n > 0 for n in self.context], device=self.device)
+        """Whether each sequence has tokens in its slot, bool [S]."""
+        replay = self.replay or (0,) * len(self.context)
+        pairs = zip(self.context, replay, strict=True)
+        return torch.tensor([done > late for done, late in pairs], device=self.device)
 
     @functools.cached_property
     def slots(self) -> Tensor | None:
@@ -77,13 +83,25 @@ class Layout:
         return len(self.lengths)
 
     def read_slots(self, buffer: Tensor) -> Tensor:
-        """Return each sequence's row of `buffer` [slots, ...]; zeros where it has no context.
+        """Return each sequence's row of `buffer` [slots, ...]; zeros where no token is in it.
 
         What a recycled slot held before, be it NaN, is not read.
         """
         assert self.slots is not None
         shape = (-1,) + (1,) * (buffer.dim() - 1)
         return torch.where(self.has_context.view(shape), buffer[self.slots], 0)
+
+    def alone(self, index: int, length: int, context: int) -> "Layout":
+        """Lay out `length` tokens of sequence `index` by themselves, after `context` in its slot."""
+        assert self.slot_ids is not None and self.page_ids is not None
+        return Layout.build(
+            lengths=[length],
+            context=[context],
+            slots=[self.slot_ids[index]],
+            pages=[self.page_ids[index]],
+            page_size=self.page_size,
+            device=self.device,
+        )
 
     @staticmethod
     def packed(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Layout":
@@ -98,6 +116,8 @@ class Layout:
         slots: Sequence[int],
         pages: Sequence[Sequence[int]],
         page_size: int,
+        replay: Sequence[int] | None = None,
+        hold: Sequence[bool] | None = None,
         device: torch.device | str = "cpu",
     ) -> "Layout":
         """Lay out one engine step.
@@ -113,6 +133,8 @@ class Layout:
             context,
             slot_ids=tuple(slots),
             page_ids=tuple(tuple(p) for p in pages),
+            replay=tuple(replay or (0,) * len(lengths)),
+            hold=tuple(hold or (False,) * len(lengths)),
             page_size=page_size,
             device=device,
         )

@@ -110,10 +110,41 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix `x` [T, D] along each sequence; updates the state where there is one."""
+        layout = context.layout
+        projected = self.in_proj(x)
+        if context.state is not None and (any(layout.replay) or any(layout.hold)):
+            return self._mix_held(projected, context)
+        return self._mix(projected, context)
+
+    def _mix_held(self, projected: Tensor, context: Context) -> Tensor:
+        """Mix a step that replays or holds tokens, one sequence after another."""
+        layout, state = context.layout, context.state
+        assert state is not None and layout.slot_ids is not None
+        outputs = []
+        for i, slot in enumerate(layout.slot_ids):
+            late, hold = layout.replay[i], layout.hold[i]
+            start, done = layout.starts[i], layout.context[i]
+            rows = projected[start : start + layout.lengths[i]]
+            buffers = (state.conv[context.index], state.ssm[context.index])
+            ring = state.ring[context.index][slot]
+            if late:
+                alone = layout.alone(i, late, done - late)
+                self._mix(ring[:late], context._replace(layout=alone))
+            kept = [buffer[slot].clone() for buffer in buffers] if hold else []
+            alone = layout.alone(i, len(rows), done)
+            outputs.append(self._mix(rows, context._replace(layout=alone)))
+            for buffer, before in zip(buffers, kept, strict=False):
+                buffer[slot] = before
+            if hold:
+                ring[: len(rows)] = rows
+        return torch.cat(outputs)
+
+    def _mix(self, projected: Tensor, context: Context) -> Tensor:
+        """Mix what `in_proj` gave, [T, in_proj_dim], along each sequence."""
         config, layout = self.config, context.layout
         inner, groups, size = config.mamba_inner, config.num_groups, config.ssm_state_size
         widths = (inner, config.conv_dim, config.mamba_num_heads)
-        gate, mixed, dt = self.in_proj(x).split(widths, -1)
+        gate, mixed, dt = projected.split(widths, -1)
         mixed = silu(self._convolve(mixed, context))
         u, b, c = mixed.float().split((inner, groups * size, groups * size), -1)
         u = u.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))

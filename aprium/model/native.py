@@ -104,9 +104,10 @@ class NativeModel:
 
     def _addresses(self, state: HybridState) -> Any:
         if self._state[0] is not state:
-            groups = (state.conv, state.ssm, state.keys, state.values)
+            groups = (state.conv, state.ssm, state.ring, state.keys, state.values)
+            addresses = ([t.data_ptr() for t in group] for group in groups)
             cache = _CACHE_FORMATS[state.kv_dtype]
-            found = _library().State(*([t.data_ptr() for t in g] for g in groups), cache)
+            found = _library().State(*addresses, state.ring_size, cache)
             self._state = state, found
         return self._state[1]
 
@@ -118,6 +119,8 @@ class NativeModel:
             layout.starts,
             layout.context,
             layout.slot_ids,
+            layout.replay,
+            layout.hold,
             layout.page_ids,
             layout.page_size,
         )

@@ -4,6 +4,11 @@ A sequence owns one slot (convolution tail and SSM state of every Mamba layer) a
 pages as its tokens need; who owns which is the engine's business. A sequence whose context is 0
 never reads its slot, so slots and pages are recycled without clearing. SSM states may be kept in
 fewer bits: a step then works on float32 copies of its own slots, and rounds them once at its end.
+
+Tokens that may be taken back (drafts under verification) must not reach a slot, since a recurrence
+cannot be undone. Their inputs to each Mamba layer go into a ring beside the slot; the next step
+replays those that were accepted into the slot, then goes on. So one state a sequence is enough,
+whatever the number of drafts.
 """
 
 import dataclasses
@@ -29,12 +34,14 @@ class HybridState:
     conv: per Mamba layer float32 [slots, conv_kernel - 1, conv_dim], oldest input first.
     ssm: per Mamba layer [slots, H, P, N] of float32, float16 or float8_e4m3fn.
     ssm_scales: per Mamba layer float32 [slots, H, P], which multiply float8 states; else none.
+    ring: per Mamba layer float32 [slots, ring_size, in_proj_dim], the projected inputs of tokens held.
     keys, values: per attention layer (backbone first, then the MTP head's) [pages, Q, K, P] of
     float32, bfloat16 or float8_e4m3fn. `stochastic` rounds narrow SSM states to either neighbour.
     """
 
     conv: tuple[Tensor, ...]
     ssm: tuple[Tensor, ...]
+    ring: tuple[Tensor, ...]
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     page_size: int
@@ -52,9 +59,13 @@ class HybridState:
         dtype: torch.dtype = torch.float32,
         ssm_dtype: torch.dtype = torch.float32,
         stochastic: bool = True,
+        ring_size: int = 0,
         device: torch.device | str = "cpu",
     ) -> "HybridState":
-        """Allocate buffers, unwritten; `dtype` is that of keys and values."""
+        """Allocate buffers, unwritten; `dtype` is that of keys and values.
+
+        `ring_size` is how many tokens of a sequence can be held at a time.
+        """
         num_mamba = config.layers.count("mamba")
         conv_shape = (num_slots, config.conv_kernel - 1, config.conv_dim)
         ssm_shape = (
@@ -69,9 +80,11 @@ class HybridState:
             return tuple(torch.empty(shape, dtype=kind, device=device) for _ in range(count))
 
         narrow = ssm_dtype == torch.float8_e4m3fn
+        ring_shape = (num_slots, ring_size, config.in_proj_dim)
         return HybridState(
             conv=buffers(num_mamba, conv_shape, torch.float32),
             ssm=buffers(num_mamba, ssm_shape, ssm_dtype),
+            ring=buffers(num_mamba, ring_shape, torch.float32),
             ssm_scales=buffers(num_mamba if narrow else 0, ssm_shape[:-1], torch.float32),
             keys=buffers(config.num_attention_caches, kv_shape, dtype),
             values=buffers(config.num_attention_caches, kv_shape, dtype),
@@ -79,6 +92,11 @@ class HybridState:
             kv_dtype=dtype,
             stochastic=stochastic,
         )
+
+    @property
+    def ring_size(self) -> int:
+        """Tokens of a sequence that can be held at a time."""
+        return self.ring[0].shape[1] if self.ring else 0
 
     @property
     def is_narrow(self) -> bool:
@@ -134,5 +152,5 @@ class HybridState:
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers together."""
-        groups = (self.conv, self.ssm, self.ssm_scales, self.keys, self.values)
+        groups = (self.conv, self.ssm, self.ring, self.ssm_scales, self.keys, self.values)
         return sum(t.numel() * t.element_size() for group in groups for t in group)

@@ -27,7 +27,7 @@ def toy() -> HybridModel:
 def dirty_state(config: ModelConfig = TOY, **options: Any) -> HybridState:
     """A state full of another sequence's leftovers, as a recycled one is."""
     state = HybridState.allocate(config, num_slots=4, num_pages=40, page_size=PAGE, **options)
-    for group in (state.conv, state.ssm, state.ssm_scales, state.keys, state.values):
+    for group in (state.conv, state.ssm, state.ring, state.ssm_scales, state.keys, state.values):
         for buffer in group:
             buffer.fill_(float("nan"))
     return state
