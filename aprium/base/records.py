@@ -135,6 +135,7 @@ class Delta:
     `prompt_logprobs` comes once, with the first delta, when asked for: entry 0 is None, entry t is
     the log-probability of prompt token t given those before it. `finish` is None while running,
     then "stop", "length" or "abort". `stop_reason` is the stop token id or string that matched.
+    `drafted` and `accepted` count drafted tokens that were verified, of the request so far, and
     `timings` are those of the request so far.
     """
 
@@ -146,6 +147,8 @@ class Delta:
     prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
     finish: str | None = None
     stop_reason: int | str | None = None
+    drafted: int = 0
+    accepted: int = 0
     timings: Timings = field(default_factory=Timings)
 
 
@@ -156,7 +159,8 @@ class Completion:
     `tokens` includes the stop token where one ended the text; `text` leaves it and any stop string
     out. `logprobs[i]` is the natural-log probability of `tokens[i]` under the model's own
     distribution (before temperature and filters). `index` tells the n continuations of one prompt
-    apart. `finish` is "stop", "length" or "abort", None while streaming.
+    apart. `finish` is "stop", "length" or "abort", None while streaming. `drafted` and `accepted`
+    count drafted tokens that were verified.
     """
 
     text: str
@@ -169,6 +173,8 @@ class Completion:
     prompt_logprobs: tuple[float | None, ...] | None = None
     prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
     stop_reason: int | str | None = None
+    drafted: int = 0
+    accepted: int = 0
     timings: Timings = field(default_factory=Timings)
 
 

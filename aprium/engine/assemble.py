@@ -51,6 +51,7 @@ class Assembler:
         self._prompt_logprobs: tuple[float | None, ...] | None = None
         self._prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
         self._stop_reason: int | str | None = None
+        self._drafted = self._accepted = 0
         self._timings = Timings()
 
     def push(self, delta: Delta) -> None:
@@ -58,6 +59,7 @@ class Assembler:
         if self.finish is not None:
             return
         self._timings = delta.timings
+        self._drafted, self._accepted = delta.drafted, delta.accepted
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
             self._prompt_top_logprobs = delta.prompt_top_logprobs
@@ -91,6 +93,8 @@ class Assembler:
             prompt_logprobs=self._prompt_logprobs,
             prompt_top_logprobs=self._prompt_top_logprobs,
             stop_reason=self._stop_reason,
+            drafted=self._drafted,
+            accepted=self._accepted,
             timings=self._timings,
         )
 

@@ -2,7 +2,7 @@
 
 `step` is plan, run, book. Who calls it, and what becomes of the deltas, is `engine/client`'s
 business; text is not known here. Later abilities have their places: prefix reuse in `Cache.admit`,
-drafting in the runner, sessions beside the scheduler.
+sessions beside the scheduler.
 """
 
 import random
@@ -21,7 +21,8 @@ from aprium.engine.cache import Cache
 from aprium.engine.memory import plan_cache
 from aprium.engine.request import LiveSequence
 from aprium.engine.runner import Runner, SegmentResult
-from aprium.engine.scheduler import Scheduler
+from aprium.engine.scheduler import Outcome, Scheduler, StepPlan
+from aprium.engine.speculative import DraftLength, SpeculativeConfig, look_up
 from aprium.model.native import ACTIVATION_DTYPES, bind
 from aprium.model.state import HybridState
 from aprium.ops import _native
@@ -51,6 +52,7 @@ class EngineConfig:
     `mamba_ssm_cache_dtype` keeps recurrent states in fewer bits between steps, rounded to either
     neighbour by chance with `mamba_cache_stochastic_rounding`, else to the nearest; results then
     depend on how prompts are cut into steps.
+    `speculative` drafts tokens and verifies them, which changes speed and nothing else.
     `load` "memory" reads weights, "mmap" maps their files; "auto" reads what fits.
     """
 
@@ -65,6 +67,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     block_size: int = 64
     kv_cache_bytes: int | None = None
+    speculative: SpeculativeConfig | None = None
     load_format: Literal["auto", "dummy"] = "auto"
     load: Literal["auto", "memory", "mmap"] = "auto"
     seed: int | None = None
@@ -90,6 +93,11 @@ class EngineConfig:
             if getattr(self, name) not in known:
                 value = getattr(self, name)
                 raise ConfigError(f"{name} is {value!r}: use one of {', '.join(known)}")
+        if self.speculative is not None and self.mamba_ssm_cache_dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"mamba_ssm_cache_dtype is {self.mamba_ssm_cache_dtype!r}: drafts are verified on "
+                "float32 states only, leave one of the two out"
+            )
         if self.load not in LOAD_MODES:
             raise ConfigError(f"load is {self.load!r}: use one of {', '.join(LOAD_MODES)}")
         if self.load_format not in ("auto", "dummy"):
@@ -98,7 +106,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Gauges and counters of one engine; times in seconds."""
+    """Gauges and counters of one engine; times in seconds.
+
+    `drafts_compared` and `drafts_accepted` count drafted tokens by their position in a draft;
+    `ring_bytes` is the memory that drafts under verification take.
+    """
 
     num_running: int
     num_waiting: int
@@ -115,6 +127,9 @@ class EngineStats:
     num_finished: int
     num_aborted: int
     num_preemptions: int
+    ring_bytes: int
+    drafts_compared: tuple[int, ...]
+    drafts_accepted: tuple[int, ...]
 
 
 class Engine:
@@ -138,6 +153,13 @@ class Engine:
             eos_token_ids = _eos_token_ids(self.checkpoint)
         self.eos_token_ids = frozenset(eos_token_ids)
         device = model.backbone.embeddings.weight.device
+        speculative = config.speculative
+        if speculative is not None and speculative.kind == "mtp" and not shape.num_mtp_layers:
+            raise ConfigError(
+                "this checkpoint has no prediction head to draft with: use the speculative method "
+                "ngram, or none"
+            )
+        self._length = DraftLength(speculative) if speculative else None
         kv_dtype = _CACHE_DTYPES.get(config.kv_cache_dtype, model.compute_dtype)
         ssm_dtype = _SSM_DTYPES[config.mamba_ssm_cache_dtype]
         self.plan = plan_cache(
@@ -164,6 +186,7 @@ class Engine:
             page_size=self.plan.page_size,
             dtype=kv_dtype,
             ssm_dtype=ssm_dtype,
+            ring_size=speculative.num_speculative_tokens + 1 if speculative else 0,
             stochastic=config.mamba_cache_stochastic_rounding,
             device=device,
         )
@@ -179,6 +202,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             chunked_prefill=config.enable_chunked_prefill,
+            reads_ahead=speculative is not None and speculative.kind == "mtp",
         )
         self._random = random.Random(config.seed)
         self._num_steps = self._prompt_tokens = self._generated_tokens = 0
@@ -245,7 +269,7 @@ class Engine:
     def step(self) -> list[Delta]:
         """Compute one step and return what it added to each request that it advanced visibly."""
         begun = time.perf_counter()
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self._num_drafts())
         if not plan.segments:
             return []
         results = self.runner.run(plan)
@@ -253,12 +277,14 @@ class Engine:
             sequence = self.scheduler.sequences[segment.id]
             if sequence.started_s is None:
                 sequence.started_s = begun
-        tokens = [r.choice.token if r.choice else None for r in results]
-        advanced = self.scheduler.update(plan, tokens)
+        before = {s.id: len(s.tokens) for s in self.scheduler.running}
+        outcomes = [Outcome(tuple(c.token for c in r.choices), r.drafts) for r in results]
+        advanced = self.scheduler.update(plan, outcomes)
+        self._learn(plan, outcomes, time.perf_counter() - begun)
         deltas = [
             delta
             for sequence, result in zip(advanced, results, strict=True)
-            if (delta := self._delta(sequence, result)) is not None
+            if (delta := self._delta(sequence, result, before[sequence.id])) is not None
         ]
         self._num_steps += 1
         self._step_s += time.perf_counter() - begun
@@ -283,7 +309,46 @@ class Engine:
             num_finished=self._num_finished,
             num_aborted=self._num_aborted,
             num_preemptions=scheduler.num_preemptions,
+            ring_bytes=sum(t.numel() * t.element_size() for t in self.runner.state.ring),
+            drafts_compared=tuple(self._length.tried) if self._length else (),
+            drafts_accepted=tuple(self._length.kept) if self._length else (),
         )
+
+    def _num_drafts(self) -> int:
+        """Return how many tokens to draft after the next step."""
+        if self._length is None:
+            return 0
+        running = [s for s in self.scheduler.running if s.num_pending == 1]
+        count, plain = self._length.choose([(s.num_compared, s.num_accepted) for s in running])
+        if plain:
+            for sequence in running:
+                sequence.drafts = ()
+        return count
+
+    def _learn(self, plan: StepPlan, outcomes: list[Outcome], seconds: float) -> None:
+        """Note what a step cost and what became of its drafts; look up n-grams for the next."""
+        if self._length is None:
+            return
+        for segment, outcome in zip(plan.segments, outcomes, strict=True):
+            if segment.num_drafts:
+                self._length.note_accepted(segment.num_drafts, len(outcome.tokens) - 1)
+        if all(len(s.tokens) == 1 + s.num_drafts and s.sample for s in plan.segments):
+            self._length.note_step(plan.num_tokens, seconds - self.runner.draft_s)
+            if self.runner.draft_passes:
+                each = self.runner.draft_s / self.runner.draft_passes
+                self._length.note_drafting(len(plan.segments), each)
+        config = self.config.speculative
+        assert config is not None
+        if config.kind == "ngram":
+            for segment in plan.segments:
+                sequence = self.scheduler.sequences.get(segment.id)
+                if sequence is not None and segment.sample and sequence.status == "running":
+                    sequence.drafts = look_up(
+                        sequence.tokens,
+                        min(segment.draft, sequence.room - 1),
+                        config.prompt_lookup_max,
+                        config.prompt_lookup_min,
+                    )
 
     def _check_ids(self, tokens: tuple[int, ...], param: str) -> None:
         # Whole passes in C first: a prompt may have a hundred thousand tokens.
@@ -299,12 +364,12 @@ class Engine:
                     f"token id {token} is not in the vocabulary of {self.vocab_size}", param=param
                 )
 
-    def _delta(self, sequence: LiveSequence, result: SegmentResult) -> Delta | None:
-        """Say what a step added to `sequence`; None while its prompt is being read."""
-        choice = result.choice
+    def _delta(self, sequence: LiveSequence, result: SegmentResult, before: int) -> Delta | None:
+        """Say what a step added to the `before` tokens of `sequence`; None while it reads."""
+        choices = result.choices[: len(sequence.tokens) - before]  # not what follows a stop token
         if sequence.params.prompt_logprobs is not None:
             sequence.add_scores(result.scores, result.alternatives)
-        if choice is None and sequence.finish is None:
+        if not choices and sequence.finish is None:
             return None
         first = sequence.first_token_s is None
         if first:
@@ -313,17 +378,19 @@ class Engine:
         if first and sequence.params.prompt_logprobs is not None:
             scores = tuple(sequence.prompt_logprobs)
             top = tuple(sequence.prompt_top_logprobs) if sequence.params.prompt_logprobs else None
-        self._generated_tokens += choice is not None
+        self._generated_tokens += len(choices)
         self._num_finished += sequence.finish is not None
         return Delta(
             id=sequence.id,
-            tokens=(choice.token,) if choice else (),
-            logprobs=(choice.logprob,) if choice else (),
-            top_logprobs=(choice.alternatives,) if choice and sequence.params.logprobs else (),
+            tokens=tuple(choice.token for choice in choices),
+            logprobs=tuple(choice.logprob for choice in choices),
+            top_logprobs=tuple(c.alternatives for c in choices) if sequence.params.logprobs else (),
             prompt_logprobs=scores,
             prompt_top_logprobs=top,
             finish=sequence.finish,
-            stop_reason=choice.token if choice and sequence.finish == "stop" else None,
+            stop_reason=choices[-1].token if choices and sequence.finish == "stop" else None,
+            drafted=sequence.num_drafted,
+            accepted=sequence.num_accepted,
             timings=_timings(sequence),
         )
 

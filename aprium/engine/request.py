@@ -3,7 +3,8 @@
 A `Request` is what a caller asks for and never changes; a `LiveSequence` is the mutable twin that
 scheduler and engine share. No torch: everything here is numbers.
 Invariants: `tokens` is the prompt followed by what was generated; the first `num_computed` of them
-are in the sequence's state; a sequence that is not running owns no slot and no pages.
+are in the sequence's state, the last `num_late` of those in its ring; a sequence that is not
+running owns no slot and no pages, and has no drafts.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ class LiveSequence:
 
     `stop_ids` end the text, `max_tokens` bounds it, `seed` drives sampling. `status` is "waiting",
     "running" or "finished"; `pages` and `slot` are set while running. `num_scored` counts the
-    prompt positions whose log-probabilities are in `prompt_logprobs`. Times are in seconds of the
-    engine's clock, None until the moment has come.
+    prompt positions whose log-probabilities are in `prompt_logprobs`. `drafts` may follow `tokens`;
+    `num_drafted` and `num_accepted` count drafts verified, `num_compared` those that a choice was
+    compared with. The prediction head has read positions from `head_start` on, if that is set.
+    Times are in seconds of the engine's clock, None until the moment has come.
     """
 
     id: str
@@ -36,6 +39,12 @@ class LiveSequence:
     slot: int | None = None
     pages: tuple[int, ...] = ()
     num_preemptions: int = 0
+    drafts: tuple[int, ...] = ()
+    num_late: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_compared: int = 0
+    head_start: int | None = None
     prompt_logprobs: list[float | None] = field(default_factory=list)
     prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
     arrived_s: float = 0.0
@@ -56,6 +65,11 @@ class LiveSequence:
     def num_pending(self) -> int:
         """Tokens known that are not in the state yet: 1 while decoding."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def room(self) -> int:
+        """Most tokens that may yet be generated."""
+        return self.num_prompt + self.max_tokens - len(self.tokens)
 
     def targets(self, start: int, count: int) -> tuple[int, tuple[int, ...]]:
         """Say which rows of the segment [start, start + count) score the prompt.

@@ -6,6 +6,7 @@ scored rows a few at a time, so that a long prompt never makes a [T, V] tensor.
 """
 
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from aprium.base.errors import EngineError
 from aprium.base.records import TopLogprobs
 from aprium.engine.scheduler import Segment, StepPlan
+from aprium.engine.speculative import count_accepted
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel
 from aprium.model.state import HybridState
@@ -24,11 +26,12 @@ _SCORE_ROWS = 64
 
 
 class SegmentResult(NamedTuple):
-    """What one segment gave: the chosen token, if it was to choose; scores of its targets."""
+    """What one segment gave: the tokens it chose, scores of its targets, drafts that follow."""
 
-    choice: Choice | None
+    choices: tuple[Choice, ...]
     scores: list[float]
     alternatives: list[TopLogprobs]
+    drafts: tuple[int, ...] = ()
 
 
 class Runner:
@@ -39,6 +42,7 @@ class Runner:
         self.state = state
         self.device = model.backbone.embeddings.weight.device
         self._pick = model.native.pick if model.native else None
+        self.draft_s, self.draft_passes = 0.0, 0  # of the last step
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[SegmentResult]:
@@ -54,35 +58,130 @@ class Runner:
             slots=[s.slot for s in segments],
             pages=[s.pages for s in segments],
             page_size=self.state.page_size,
+            replay=[s.late for s in segments],
+            hold=[s.num_drafts > 0 for s in segments],
             device=self.device,
         )
         tokens = torch.tensor([t for s in segments for t in s.tokens], device=self.device)
         hidden = self.model(tokens, layout, self.state)
-        choices = iter(self._choose(segments, layout, hidden))
+        choices = self._choose(segments, layout, hidden)
+        scores = [
+            self._score(s, start, hidden) for s, start in zip(segments, layout.starts, strict=True)
+        ]
+        drafts = self._draft(segments, layout, hidden, choices)
         return [
-            SegmentResult(next(choices) if s.sample else None, *self._score(s, start, hidden))
-            for s, start in zip(segments, layout.starts, strict=True)
+            SegmentResult(chosen, *scored, drafted)
+            for chosen, scored, drafted in zip(choices, scores, drafts, strict=True)
         ]
 
     def _choose(
         self, segments: tuple[Segment, ...], layout: Layout, hidden: Tensor
-    ) -> list[Choice]:
-        chosen = [i for i, s in enumerate(segments) if s.sample]
-        if not chosen:
-            return []
-        last = [layout.starts[i] + layout.lengths[i] - 1 for i in chosen]
-        rows = hidden if len(last) == hidden.shape[0] else hidden[last]
-        sampled = [segments[i] for i in chosen]
-        choices = sample(
-            self.model.logits(rows),
-            [s.params for s in sampled],
-            [s.seed for s in sampled],
-            [s.start + len(s.tokens) for s in sampled],
-            self._pick,
+    ) -> list[tuple[Choice, ...]]:
+        """Choose after each segment's last token and at each draft; return what is accepted."""
+        rows: list[int] = []
+        owners: list[Segment] = []
+        positions: list[int] = []
+        for s, start in zip(segments, layout.starts, strict=True):
+            for offset in (
+                range(len(s.tokens) - 1 - s.num_drafts, len(s.tokens)) if s.sample else ()
+            ):
+                rows.append(start + offset)
+                owners.append(s)
+                positions.append(s.start + offset + 1)
+        if not rows:
+            return [()] * len(segments)
+        found = iter(
+            sample(
+                self.model.logits(hidden if len(rows) == hidden.shape[0] else hidden[rows]),
+                [s.params for s in owners],
+                [s.seed for s in owners],
+                positions,
+                self._pick,
+            )
         )
-        for segment, choice in zip(sampled, choices, strict=True):
-            _check_number(choice.logprob, segment)
-        return choices
+        results = []
+        for s in segments:
+            choices = [next(found) for _ in range(s.num_drafts + 1)] if s.sample else []
+            drafts = s.tokens[len(s.tokens) - s.num_drafts :]
+            kept = choices[: count_accepted(drafts, [c.token for c in choices]) + 1]
+            for choice in kept:
+                _check_number(choice.logprob, s)
+            results.append(tuple(kept))
+        return results
+
+    def _draft(
+        self,
+        segments: tuple[Segment, ...],
+        layout: Layout,
+        hidden: Tensor,
+        choices: list[tuple[Choice, ...]],
+    ) -> list[tuple[int, ...]]:
+        """Let the prediction head read what the step accepted, and draft."""
+        reading = [i for i, s in enumerate(segments) if s.head_start is not None]
+        drafts: list[tuple[int, ...]] = [()] * len(segments)
+        self.draft_s, self.draft_passes = 0.0, 0
+        if not reading:
+            return drafts
+        begun = time.perf_counter()
+        rows: list[Tensor] = []
+        tokens: list[int] = []
+        lengths: list[int] = []
+        for i in reading:
+            s, chosen = segments[i], [c.token for c in choices[i]]
+            length = len(s.tokens) - s.num_drafts + max(len(chosen) - 1, 0)
+            known = s.tokens[1 : len(s.tokens) - s.num_drafts]
+            last = chosen if chosen else [] if s.next_token is None else [s.next_token]
+            length = min(length, len(known) + len(last))
+            rows.append(hidden[layout.starts[i] : layout.starts[i] + length])
+            tokens += [*known, *last]
+            lengths.append(length)
+        some = [segments[i] for i in reading]
+        ahead = self.model.predict(
+            torch.cat(rows),
+            torch.tensor(tokens, device=self.device),
+            self._head_layout(some, lengths, [s.start for s in some]),
+            self.state,
+        )
+        self.draft_passes = 1
+        last_rows = ahead[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+        made: list[list[int]] = [[] for _ in reading]
+        active = [n for n, s in enumerate(some) if s.draft > 0 and lengths[n] > 0]
+        rows_now = last_rows[active]
+        depth = 0
+        while active:
+            drafted = self.model.logits(rows_now).argmax(-1)
+            for n, token in zip(active, drafted.tolist(), strict=True):
+                made[n].append(token)
+            depth += 1
+            keep = [j for j, n in enumerate(active) if some[n].draft > depth]
+            if not keep:
+                break
+            active = [active[j] for j in keep]
+            ends = [some[n].start + lengths[n] + depth - 1 for n in active]
+            layout_now = self._head_layout([some[n] for n in active], [1] * len(active), ends)
+            rows_now = self.model.predict(
+                rows_now[keep], drafted[keep], layout_now, self.state, depth=depth
+            )
+            self.draft_passes += 1
+        for n, i in enumerate(reading):
+            drafts[i] = tuple(made[n])
+        self.draft_s = time.perf_counter() - begun
+        return drafts
+
+    def _head_layout(
+        self, segments: list[Segment], lengths: list[int], starts: list[int]
+    ) -> Layout:
+        """Lay out rows of the prediction head, whose own reading begins at a page of its own."""
+        size = self.state.page_size
+        first = [s.head_start or 0 for s in segments]
+        return Layout.build(
+            lengths=lengths,
+            context=[start - begin for start, begin in zip(starts, first, strict=True)],
+            slots=[s.slot for s in segments],
+            pages=[s.pages[begin // size :] for s, begin in zip(segments, first, strict=True)],
+            page_size=size,
+            device=self.device,
+        )
 
     def _score(
         self, segment: Segment, start: int, hidden: Tensor

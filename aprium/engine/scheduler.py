@@ -25,7 +25,11 @@ class Segment(NamedTuple):
 
     `tokens` follow the `start` that are in the state at `slot` and `pages`. With `sample`, the
     last row chooses the token at position `start + len(tokens)`. Rows `score_from`, `score_from`
-    + 1, ... are scored against `targets` (the prompt's next tokens).
+    + 1, ... are scored against `targets` (the prompt's next tokens). The last `num_drafts` tokens
+    are drafts: the rows before and at them choose what should stand there. `late` tokens before
+    `start` are in the ring. Of the drafting that follows the step, `draft` is the number of tokens
+    wanted, `head_start` where the head's own reading begins (None: it does not read), and
+    `next_token` the known token after the segment.
     """
 
     id: str
@@ -38,6 +42,18 @@ class Segment(NamedTuple):
     seed: int
     score_from: int = 0
     targets: tuple[int, ...] = ()
+    num_drafts: int = 0
+    late: int = 0
+    draft: int = 0
+    head_start: int | None = None
+    next_token: int | None = None
+
+
+class Outcome(NamedTuple):
+    """What a step gave one segment: the tokens chosen, and drafts of those to come."""
+
+    tokens: tuple[int, ...] = ()
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +78,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         chunked_prefill: bool = True,
+        reads_ahead: bool = False,
     ) -> None:
         assert max_num_seqs >= 1 and max_num_batched_tokens >= 1
         self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
+        self.reads_ahead = reads_ahead  # a prediction head drafts
         self.waiting: deque[LiveSequence] = deque()
         self.running: list[LiveSequence] = []
         self.sequences: dict[str, LiveSequence] = {}
@@ -103,8 +121,11 @@ class Scheduler:
         self._drop(sequence)
         return sequence
 
-    def plan(self) -> StepPlan:
-        """Choose the next step; may preempt and admit."""
+    def plan(self, num_drafts: int = 0) -> StepPlan:
+        """Choose the next step, after which up to `num_drafts` tokens a sequence are drafted.
+
+        May preempt and admit.
+        """
         segments: list[Segment] = []
         budget = self.max_num_batched_tokens
         preempted = self.num_preemptions
@@ -114,32 +135,43 @@ class Scheduler:
             count = min(sequence.num_pending, budget)
             if not self._find_pages(sequence, sequence.num_computed + count):
                 break
-            segments.append(_segment(sequence, count))
-            budget -= count
+            drafts = self._usable_drafts(sequence, min(budget - count, sequence.room - 1))
+            segments.append(self._segment(sequence, count, drafts, num_drafts))
+            budget -= count + len(drafts)
             index += 1
         # Admitting right after a preemption would let the newcomer take what the elder lost.
         if self.num_preemptions == preempted:
-            self._admit(segments, budget)
+            self._admit(segments, budget, num_drafts)
         return StepPlan(tuple(segments))
 
-    def update(self, plan: StepPlan, sampled: Sequence[int | None]) -> list[LiveSequence]:
-        """Book a finished step: one sampled token (or None) a segment.
+    def update(self, plan: StepPlan, outcomes: Sequence[Outcome]) -> list[LiveSequence]:
+        """Book a finished step, one outcome a segment.
 
         A segment whose sequence was aborted meanwhile is ignored. Returns the sequences that the
         step advanced, in order; those with `finish` set have left.
         """
         advanced = []
         left = False
-        for segment, token in zip(plan.segments, sampled, strict=True):
+        for segment, outcome in zip(plan.segments, outcomes, strict=True):
             sequence = self.sequences.get(segment.id)
             if sequence is None:
                 continue
             assert sequence.num_computed == segment.start
-            sequence.num_computed += len(segment.tokens)
+            accepted = max(len(outcome.tokens) - 1, 0)
+            read = len(segment.tokens) - segment.num_drafts + accepted
+            sequence.num_computed += read
+            sequence.num_late = read if segment.num_drafts else 0
             sequence.num_scored += len(segment.targets)
+            sequence.head_start = segment.head_start
+            sequence.drafts = outcome.drafts
+            sequence.num_drafted += segment.num_drafts
+            sequence.num_accepted += accepted
+            sequence.num_compared += min(accepted + 1, segment.num_drafts)
             if segment.sample:
-                assert token is not None
-                sequence.append(token)
+                assert outcome.tokens
+                for token in outcome.tokens:
+                    if sequence.finish is None:
+                        sequence.append(token)
             elif not sequence.num_pending:
                 sequence.finish = "length"
             if sequence.finish is not None:
@@ -170,7 +202,7 @@ class Scheduler:
         while (pages := self.cache.grow(sequence.id, num_tokens)) is None:
             victim = self.running.pop()
             self._release(victim, "waiting")
-            victim.num_computed = 0
+            victim.num_computed = victim.num_late = 0
             victim.num_preemptions += 1
             self.num_preemptions += 1
             self.waiting.appendleft(victim)
@@ -179,7 +211,60 @@ class Scheduler:
         sequence.pages = pages
         return True
 
-    def _admit(self, segments: list[Segment], budget: int) -> None:
+    def _usable_drafts(self, sequence: LiveSequence, most: int) -> tuple[int, ...]:
+        """Return the first `most` of the drafts of `sequence`, as many as find pages freely."""
+        if sequence.num_pending != 1 or not sequence.drafts or most < 1:
+            return ()
+        drafts = sequence.drafts[:most]
+        capacity = self._try_grow(sequence, sequence.num_tokens + len(drafts))
+        return drafts[: max(capacity - sequence.num_tokens, 0)]
+
+    def _try_grow(self, sequence: LiveSequence, num_tokens: int) -> int:
+        """Grow to `num_tokens` where pages are free; return how many tokens there is room for."""
+        pages = self.cache.grow(sequence.id, num_tokens)
+        if pages is not None:
+            sequence.pages = pages
+        return len(sequence.pages) * self.cache.page_size
+
+    def _segment(
+        self, sequence: LiveSequence, count: int, drafts: tuple[int, ...], num_drafts: int
+    ) -> Segment:
+        """Describe the next `count` tokens of `sequence`, `drafts` after them, what to draft."""
+        start = sequence.num_computed
+        end = start + count
+        assert sequence.slot is not None
+        score_from, targets = sequence.targets(start, count)
+        samples = end == sequence.num_tokens and sequence.max_tokens > 0
+        # A draft is of use if a token is still to come after the one that this step chooses.
+        wanted = min(num_drafts, sequence.room - 2) if samples else 0
+        head_start = None
+        if self.reads_ahead and num_drafts and sequence.room > 2:
+            head_start = sequence.head_start
+            if head_start is None and start % self.cache.page_size == 0:
+                head_start = start
+        if wanted > 0:
+            farthest = min(end + len(drafts) + wanted, sequence.num_prompt + sequence.max_tokens)
+            room = self._try_grow(sequence, farthest) - end - len(drafts)
+            wanted = max(min(wanted, room), 0)
+        return Segment(
+            id=sequence.id,
+            start=start,
+            tokens=(*sequence.tokens[start:end], *drafts),
+            slot=sequence.slot,
+            pages=sequence.pages,
+            sample=samples,
+            params=sequence.params,
+            seed=sequence.seed,
+            score_from=score_from,
+            targets=targets,
+            num_drafts=len(drafts),
+            late=sequence.num_late,
+            draft=max(wanted, 0),
+            head_start=head_start,
+            next_token=sequence.tokens[end] if end < sequence.num_tokens else None,
+        )
+
+    def _admit(self, segments: list[Segment], budget: int, num_drafts: int) -> None:
         while budget and self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             if not self.chunked_prefill and sequence.num_tokens > budget:
@@ -191,7 +276,7 @@ class Scheduler:
             sequence.status = "running"
             self.running.append(self.waiting.popleft())
             count = min(sequence.num_tokens, budget)
-            segments.append(_segment(sequence, count))
+            segments.append(self._segment(sequence, count, (), num_drafts))
             budget -= count
 
     def _drop(self, sequence: LiveSequence) -> None:
@@ -201,23 +286,5 @@ class Scheduler:
     def _release(self, sequence: LiveSequence, status: str) -> None:
         self.cache.release(sequence.id)
         sequence.slot, sequence.pages = None, ()
+        sequence.drafts, sequence.head_start = (), None
         sequence.status = status
-
-
-def _segment(sequence: LiveSequence, count: int) -> Segment:
-    start = sequence.num_computed
-    end = start + count
-    assert sequence.slot is not None
-    score_from, targets = sequence.targets(start, count)
-    return Segment(
-        id=sequence.id,
-        start=start,
-        tokens=tuple(sequence.tokens[start:end]),
-        slot=sequence.slot,
-        pages=sequence.pages,
-        sample=end == sequence.num_tokens and sequence.max_tokens > 0,
-        params=sequence.params,
-        seed=sequence.seed,
-        score_from=score_from,
-        targets=targets,
-    )

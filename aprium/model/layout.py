@@ -92,7 +92,7 @@ class Layout:
         return torch.where(self.has_context.view(shape), buffer[self.slots], 0)
 
     def alone(self, index: int, length: int, context: int) -> "Layout":
-        """Lay out `length` tokens of sequence `index` by themselves, after `context` in its slot."""
+        """Lay out `length` tokens of sequence `index` alone, after `context` in its slot."""
         assert self.slot_ids is not None and self.page_ids is not None
         return Layout.build(
             lengths=[length],

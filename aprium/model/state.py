@@ -34,7 +34,7 @@ class HybridState:
     conv: per Mamba layer float32 [slots, conv_kernel - 1, conv_dim], oldest input first.
     ssm: per Mamba layer [slots, H, P, N] of float32, float16 or float8_e4m3fn.
     ssm_scales: per Mamba layer float32 [slots, H, P], which multiply float8 states; else none.
-    ring: per Mamba layer float32 [slots, ring_size, in_proj_dim], the projected inputs of tokens held.
+    ring: per Mamba layer float32 [slots, ring_size, in_proj_dim], the inputs of tokens held.
     keys, values: per attention layer (backbone first, then the MTP head's) [pages, Q, K, P] of
     float32, bfloat16 or float8_e4m3fn. `stochastic` rounds narrow SSM states to either neighbour.
     """

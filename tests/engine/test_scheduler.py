@@ -1,5 +1,7 @@
 """The scheduler against a fake runner: budgets, order, coverage, and everybody finishes."""
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from aprium.base.records import SamplingParams
 from aprium.engine.cache import Cache
 from aprium.engine.request import LiveSequence
-from aprium.engine.scheduler import Scheduler
+from aprium.engine.scheduler import Outcome, Scheduler
+from aprium.engine.speculative import count_accepted
 
 STOP = 999
 
@@ -35,30 +38,57 @@ class FakeRunner:
     """A state machine a slot and a page: knows what was written where, and reads it back.
 
     The "token" sampled at a position is a function of the sequence's whole history, so a wrong
-    recomputation shows.
+    recomputation shows. Drafts are right or wrong at random. Tokens under verification are in a
+    ring and reach the slot when a later step replays them.
     """
 
     def __init__(self, page_size):
         self.page_size = page_size
         self.slots: dict[int, tuple[int, ...]] = {}
+        self.rings: dict[int, tuple[int, ...]] = {}
         self.pages: dict[tuple[int, int], int] = {}
+        self.random = random.Random(0)
 
     def run(self, plan):
-        sampled = []
+        outcomes = []
         owners: set[int] = set()
         for segment in plan.segments:
             assert segment.tokens, "a segment without tokens"
             assert not owners & set(segment.pages), "a page in two segments"
             owners |= set(segment.pages)
-            history = self.slots.get(segment.slot, ()) if segment.start else ()
+            history = self.slots.get(segment.slot, ()) if segment.start > segment.late else ()
+            if segment.late:
+                history += self.rings[segment.slot][: segment.late]
             assert len(history) == segment.start, "a state that is not where the plan thinks"
             for position, token in enumerate(history):
                 assert self.pages[self._place(segment, position)] == token, "a page overwritten"
             for offset, token in enumerate(segment.tokens):
                 self.pages[self._place(segment, segment.start + offset)] = token
-            self.slots[segment.slot] = history = history + segment.tokens
-            sampled.append(hash(history) % 500 if segment.sample else None)
-        return sampled
+            self.slots[segment.slot] = history
+            if segment.num_drafts:
+                self.rings[segment.slot] = segment.tokens
+            else:
+                self.slots[segment.slot] = history + segment.tokens
+            outcomes.append(self._outcome(segment, history))
+        return outcomes
+
+    def _outcome(self, segment, history):
+        if not segment.sample:
+            return Outcome()
+        first = len(segment.tokens) - segment.num_drafts
+        chosen = [
+            hash(history + segment.tokens[:end]) % 500
+            for end in range(first, len(segment.tokens) + 1)
+        ]
+        kept = count_accepted(segment.tokens[first:], chosen)
+        tokens = chosen[: kept + 1]
+        drafts: tuple[int, ...] = ()
+        history = history + segment.tokens[: first + kept] + (tokens[-1],)
+        for _ in range(segment.draft):
+            right = self.random.random() < 0.7
+            drafts += (hash(history + drafts) % 500 if right else -1,)
+        assert len(segment.pages) * self.page_size >= len(history) - 1 + len(drafts)
+        return Outcome(tuple(tokens), drafts)
 
     def _place(self, segment, position):
         return segment.pages[position // self.page_size], position % self.page_size
@@ -72,10 +102,10 @@ def alone(num_prompt, max_tokens):
     return tokens
 
 
-def drain(scheduler, runner, limit=10_000):
+def drain(scheduler, runner, limit=10_000, drafts=0):
     finished = []
     while scheduler.has_work:
-        plan = scheduler.plan()
+        plan = scheduler.plan(drafts)
         assert plan.segments, "work, but nothing planned"
         assert plan.num_tokens <= scheduler.max_num_batched_tokens
         finished += [s for s in scheduler.update(plan, runner.run(plan)) if s.finish]
@@ -94,14 +124,15 @@ shapes = st.tuples(st.integers(1, 20), st.integers(0, 12))
     st.integers(8, 14),
     st.integers(1, 5),
     st.integers(1, 40),
+    st.integers(0, 5),
 )
-def test_all_finish_with_their_own_tokens(requests, pages, seqs, budget):
+def test_all_finish_with_their_own_tokens(requests, pages, seqs, budget, drafts):
     scheduler = make_scheduler(pages=pages, seqs=seqs, budget=budget)
     runner = FakeRunner(scheduler.cache.page_size)
     sequences = [make(f"s{i}", *shape) for i, shape in enumerate(requests)]
     for sequence in sequences:
         scheduler.add(sequence)
-    drain(scheduler, runner)
+    drain(scheduler, runner, drafts=drafts)
     for sequence, (num_prompt, max_tokens) in zip(sequences, requests, strict=True):
         assert sequence.tokens == alone(num_prompt, max_tokens)
         assert sequence.finish == "length"
@@ -210,9 +241,9 @@ def test_stop_token_ends_a_sequence_and_is_kept():
     sequence = make("s", 2, 5)
     scheduler.add(sequence)
     plan = scheduler.plan()
-    scheduler.update(plan, [7])
+    scheduler.update(plan, [Outcome((7,))])
     plan = scheduler.plan()
-    scheduler.update(plan, [STOP])
+    scheduler.update(plan, [Outcome((STOP, 8))])
     assert sequence.finish == "stop" and sequence.tokens[2:] == [7, STOP]
     assert not scheduler.has_work
 
@@ -223,9 +254,36 @@ def test_abort_between_plan_and_update_is_ignored_by_update():
     scheduler.add(make("b", 2, 5))
     plan = scheduler.plan()
     assert scheduler.abort("a").finish == "abort"
-    assert [s.id for s in scheduler.update(plan, [1, 2])] == ["b"]
+    assert [s.id for s in scheduler.update(plan, [Outcome((1,)), Outcome((2,))])] == ["b"]
     assert scheduler.abort("a") is None
     scheduler.check()
+
+
+def test_drafts_are_verified_in_one_step_and_save_steps():
+    steps = []
+    for drafts in (0, 3):
+        scheduler = make_scheduler(pages=100, seqs=1, budget=50)
+        runner = FakeRunner(scheduler.cache.page_size)
+        sequence = make("s", 5, 40)
+        scheduler.add(sequence)
+        count = 0
+        while scheduler.has_work:
+            plan = scheduler.plan(drafts)
+            scheduler.update(plan, runner.run(plan))
+            count += 1
+        steps.append(count)
+        assert sequence.tokens == alone(5, 40)
+    assert steps[0] == 40 and steps[1] < 28
+    assert 0 < sequence.num_accepted < sequence.num_drafted
+
+
+def test_drafts_never_preempt_anybody():
+    scheduler = make_scheduler(pages=4, page_size=4, seqs=2, budget=50)
+    runner = FakeRunner(scheduler.cache.page_size)
+    for name in ("a", "b"):
+        scheduler.add(make(name, 4, 4))
+    drain(scheduler, runner, drafts=5)
+    assert scheduler.num_preemptions == 0
 
 
 def test_a_sequence_that_can_never_fit_is_refused():
@@ -259,10 +317,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             live = sequence.finish is None
             assert (self.scheduler.abort(sequence.id) is sequence) == live
 
-    @rule(times=st.integers(1, 8))
-    def step(self, times):
+    @rule(times=st.integers(1, 8), drafts=st.integers(0, 4))
+    def step(self, times, drafts):
         for _ in range(times):
-            plan = self.scheduler.plan()
+            plan = self.scheduler.plan(drafts)
             assert bool(plan.segments) == self.scheduler.has_work
             assert plan.num_tokens <= 9
             self.scheduler.update(plan, self.runner.run(plan))

@@ -1,0 +1,242 @@
+"""Drafting changes speed and nothing else: same tokens, log-probabilities and distribution."""
+
+import dataclasses
+import random
+
+import pytest
+import scipy.stats
+import torch
+
+from aprium.base.errors import ConfigError
+from aprium.base.records import Request, SamplingParams
+from aprium.checkpoint.hub import PICO_DIR
+from aprium.checkpoint.load import load_checkpoint
+from aprium.engine.engine import Engine, EngineConfig
+from aprium.engine.memory import page_bytes
+from aprium.engine.speculative import DraftLength, SpeculativeConfig, count_accepted, look_up
+from aprium.model.layout import Layout
+from aprium.text.chat import ChatTemplate
+from aprium.text.messages import read_message
+from aprium.text.tokenizer import Tokenizer
+from tests.engine.test_engine import run
+
+SPECS = [
+    SpeculativeConfig(num_speculative_tokens=1, adaptive=False),
+    SpeculativeConfig(num_speculative_tokens=3, adaptive=False),
+    SpeculativeConfig(num_speculative_tokens=5, adaptive=False),
+    SpeculativeConfig(num_speculative_tokens=4),
+    SpeculativeConfig(method="ngram", num_speculative_tokens=4, prompt_lookup_min=1),
+]
+QUESTIONS = (
+    "What is 27 + 58?",
+    "Spell the word garden.",
+    "Who are you?",
+    "Sort these words: plum, apple, stone.",
+    "Say: one two three one two three one two three one two",
+)
+
+
+@pytest.fixture(scope="module")
+def pico():
+    return load_checkpoint(PICO_DIR)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    tokenizer, template = Tokenizer.load(PICO_DIR), ChatTemplate.load(PICO_DIR)
+    made = []
+    for i, question in enumerate(QUESTIONS):
+        text = template.render([read_message({"role": "user", "content": question})], ())
+        params = SamplingParams(
+            temperature=0 if i % 2 else 0.9, seed=i, max_tokens=50, logprobs=2, prompt_logprobs=0
+        )
+        made.append(Request(id=f"r{i}", tokens=tuple(tokenizer.encode(text)), params=params))
+    return made
+
+
+def engine_of(pico, spec, **options):
+    options = {"max_num_seqs": 8, "max_model_len": 256, "block_size": 8} | options
+    return Engine(EngineConfig(model="pico", speculative=spec, **options), pico)
+
+
+@pytest.fixture(scope="module")
+def plain(pico, requests):
+    return run(engine_of(pico, None), requests)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.method}-{s.num_speculative_tokens}")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_num_batched_tokens": 7, "block_size": 5}, {"max_num_seqs": 2, "block_size": 3}],
+    ids=str,
+)
+def test_same_tokens_and_logprobs(pico, requests, plain, spec, options):
+    engine = engine_of(pico, spec, **options)
+    assert run(engine, requests) == plain
+    stats = engine.stats()
+    assert sum(stats.drafts_compared) > 0
+    assert stats.pages_free == stats.pages_total and stats.slots_free == stats.slots_total
+    assert stats.ring_bytes > 0
+
+
+def test_drafts_of_the_head_are_mostly_right_and_save_steps(pico, requests, plain):
+    counts = []
+    for spec in (None, SPECS[1]):
+        engine = engine_of(pico, spec)
+        for request in requests:
+            assert run(engine, [request])[request.id] == plain[request.id]
+        counts.append(engine.stats())
+    assert counts[1].drafts_accepted[0] > 0.6 * counts[1].drafts_compared[0]
+    assert counts[1].num_steps < 0.65 * counts[0].num_steps
+
+
+def test_drafting_starts_at_a_page_of_its_own_after_a_pause(pico, requests, plain, monkeypatch):
+    """On and off at random: the head reads on from a page's beginning."""
+    generator = random.Random(0)
+    state = {"left": 0, "on": True}
+
+    def choose(self, acceptance):
+        if not state["left"]:
+            state["left"], state["on"] = generator.randrange(1, 20), not state["on"]
+        state["left"] -= 1
+        return (3 if state["on"] else 0), generator.random() < 0.2
+
+    monkeypatch.setattr(DraftLength, "choose", choose)
+    engine = engine_of(pico, SPECS[1], block_size=4)
+    assert run(engine, requests) == plain
+    stats = engine.stats()
+    assert stats.drafts_compared[0] > 5 and stats.drafts_accepted[0] > 0
+
+
+def test_preemption_and_abort_with_drafts(pico, requests, plain):
+    longest = max(len(r.tokens) for r in requests) + 50
+    pages = -(-longest // 4) + 6
+    engine = engine_of(
+        pico,
+        SPECS[2],
+        block_size=4,
+        max_model_len=longest,
+        kv_cache_bytes=pages * page_bytes(pico.config, 4, torch.float32),
+    )
+    for request in requests:
+        engine.add(request)
+    engine.add(dataclasses.replace(requests[1], id="gone"))
+    found = {r.id: [] for r in [*requests, *[dataclasses.replace(requests[1], id="gone")]]}
+    steps = 0
+    while engine.has_work:
+        for delta in engine.step():
+            found[delta.id] += delta.tokens
+        engine.scheduler.check()
+        steps += 1
+        if steps == 12:
+            engine.abort("gone")
+    assert engine.stats().num_preemptions > 0
+    for request in requests:
+        assert found[request.id] == plain[request.id]["tokens"]
+
+
+def test_completions_say_what_was_drafted(pico, requests):
+    from aprium import LLM
+
+    with LLM(pico, max_model_len=256, speculative=SPECS[1]) as llm:
+        (completion,) = llm.generate([list(requests[1].tokens)], requests[1].params)
+        (stopped,) = llm.generate(
+            [list(requests[1].tokens)], dataclasses.replace(requests[1].params, stop=("r",))
+        )
+    assert 0 < completion.accepted <= completion.drafted
+    assert "r" in completion.text and "r" not in stopped.text and stopped.finish == "stop"
+
+
+def test_sampling_keeps_the_distribution(pico, requests):
+    """The second token, chosen where a draft was verified, against the model's probabilities."""
+    prompt = requests[4].tokens
+    spec = SpeculativeConfig(num_speculative_tokens=2, adaptive=False)
+    engine = engine_of(pico, spec, max_num_seqs=64)
+    params = SamplingParams(temperature=1.6, max_tokens=4, ignore_eos=True)
+    drawn = [
+        Request(id=str(i), tokens=prompt, params=dataclasses.replace(params, seed=i))
+        for i in range(1500)
+    ]
+    found = run(engine, drawn)
+    assert engine.stats().drafts_compared[0] > 1000
+    pairs = [tuple(entry["tokens"][:2]) for entry in found.values()]
+    first = max({a for a, _ in pairs}, key=lambda a: sum(x == a for x, _ in pairs))
+    seconds = [b for a, b in pairs if a == first]
+    tokens = torch.tensor([*prompt, first])
+    with torch.inference_mode():
+        model = pico.model
+        logits = model.logits(model(tokens, Layout.packed([len(tokens)]))[-1:])[0].double()
+    expected = (logits / 1.6).softmax(-1) * len(seconds)
+    counts = torch.bincount(torch.tensor(seconds), minlength=len(expected)).double()
+    common = expected >= 5
+    observed = [*counts[common].tolist(), float(counts[~common].sum())]
+    wanted = [*expected[common].tolist(), float(expected[~common].sum())]
+    assert len(seconds) > 200
+    assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-3
+
+
+def test_n_gram_look_up():
+    tokens = [1, 2, 3, 4, 9, 1, 2, 3, 5, 7, 2, 3]
+    assert look_up(tokens, 3, 4, 2) == (5, 7, 2)
+    assert look_up(tokens, 1, 4, 1) == (5,)
+    assert look_up([1, 2, 3], 3, 4, 1) == ()
+    assert look_up([7, 7, 7], 2, 2, 1) == (7,)
+    assert look_up(tokens, 0, 4, 2) == ()
+
+
+def test_accepted_are_the_drafts_before_the_first_wrong_one():
+    assert count_accepted((1, 2, 3), [1, 2, 4, 5]) == 2
+    assert count_accepted((), [4]) == 0
+    assert count_accepted((1, 2), [1, 2, 9]) == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "draft", "rate", "drafts"),
+    [
+        (lambda n: 1.0 + 0.01 * n, 0.02, 0.9, True),  # steps cost the same whatever is in them
+        (lambda n: 0.01 + 1.0 * n, 0.02, 0.9, False),  # every token costs as much as a step
+        (lambda n: 1.0 + 0.01 * n, 0.02, 0.02, False),  # nothing is accepted
+        (lambda n: 1.0 + 0.01 * n, 3.0, 0.9, False),  # drafting costs more than it saves
+    ],
+)
+def test_the_length_follows_cost_and_acceptance(step, draft, rate, drafts):
+    length = DraftLength(SpeculativeConfig(num_speculative_tokens=4))
+    generator = random.Random(0)
+    chosen, compared, accepted = [], 0, 0
+    for _ in range(400):
+        count, plain = length.choose([(compared, accepted)])
+        chosen.append(count)
+        used = 0 if plain else count
+        kept = 0
+        while kept < used and generator.random() < rate:
+            kept += 1
+        length.note_step(1 + used, step(1 + used))
+        if count:
+            length.note_drafting(1, draft)
+        if used:
+            length.note_accepted(used, kept)
+            compared, accepted = compared + min(kept + 1, used), accepted + kept
+    late = chosen[100:]
+    off = sum(count == 0 for count in late) / len(late)
+    assert off < 0.05 if drafts else off > 0.75
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"method": "eagle"}, "speculative method is 'eagle'"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0"),
+        ({"prompt_lookup_min": 5}, "prompt_lookup_min is 5"),
+    ],
+)
+def test_bad_configurations_are_refused(options, match):
+    with pytest.raises(ConfigError, match=match):
+        SpeculativeConfig(**options)
+
+
+def test_combinations_that_cannot_be_had_are_refused(pico):
+    with pytest.raises(ConfigError, match="mamba_ssm_cache_dtype is 'float16'"):
+        engine_of(pico, SPECS[0], mamba_ssm_cache_dtype="float16")
+    bare = dataclasses.replace(pico, config=pico.config.without_mtp())
+    with pytest.raises(ConfigError, match="no prediction head"):
+        engine_of(bare, SPECS[0])
