@@ -17,7 +17,7 @@ from aprium.base.log import configure_logging
 
 _ENGINE_OPTIONS = (
     *("dtype", "activation_dtype", "kv_cache_dtype", "mamba_ssm_cache_dtype"),
-    *("load", "max_model_len", "load_format"),
+    *("speculative", "load", "max_model_len", "load_format"),
 )
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -53,6 +53,12 @@ def _engine_options(function: Any) -> Any:
         click.option("--kv-cache-dtype", help="Of keys and values: auto, float32, bfloat16, fp8."),
         click.option(
             "--mamba-ssm-cache-dtype", help="Of recurrent states: auto, float32, float16, fp8."
+        ),
+        click.option(
+            "--speculative-config",
+            "speculative",
+            metavar="JSON",
+            help='Draft tokens: {"method": "mtp", "num_speculative_tokens": 5}, or "ngram".',
         ),
         click.option("--load", help="auto, memory, or mmap to leave weights in the file."),
         click.option("--max-model-len", type=int, help="Longest sequence; default: the model's."),
@@ -211,12 +217,14 @@ def bench(
     """
     sizes = _batches(batch)
     configure_logging("WARNING")
+    from aprium.base.config import from_dict
     from aprium.engine import bench as benchmark
     from aprium.engine.engine import Engine, EngineConfig
     from aprium.ops import _native
 
     settings: dict[str, Any] = {"max_model_len": prompt + generate} | _split(options)[1]
-    engine = Engine(EngineConfig(model=model, max_num_seqs=max(sizes), **settings))
+    settings |= {"model": model, "max_num_seqs": max(sizes)}
+    engine = Engine(from_dict(EngineConfig, settings))
     results = [
         benchmark.bench(engine, prompt=prompt, generate=generate, batch=size) for size in sizes
     ]
@@ -396,6 +404,12 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part the options given into those of sampling and those of the engine."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     engine = {name: given.pop(name) for name in _ENGINE_OPTIONS if name in given}
+    if "speculative" in engine:
+        try:
+            engine["speculative"] = json.loads(engine["speculative"])
+        except ValueError as error:
+            text = engine["speculative"]
+            raise click.UsageError(f"--speculative-config {text}: not JSON: {error}") from error
     return given, engine
 
 

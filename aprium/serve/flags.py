@@ -125,6 +125,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="pipeline-parallel-size", accepts=("1",), remedy=_ONE_PROCESS, takes=False),
     Flag(name="data-parallel-size", accepts=("1",), remedy=_ONE_PROCESS, takes=False),
     Flag(
+        name="speculative-config",
+        kind="json",
+        help='Draft tokens: {"method": "mtp", "num_speculative_tokens": 5}, or "ngram".',
+    ),
+    Flag(
         name="kv-cache-dtype",
         default="auto",
         accepts=("auto", "float32", "bfloat16", "fp8", "fp8_e4m3"),
@@ -189,7 +194,6 @@ _QUEUE = "the queue has no bound yet, put the limit into the proxy in front"
 
 # Flag -> what to do instead. The --no- form of each is accepted, since it asks for nothing.
 REFUSED: dict[str, str] = {
-    "speculative-config": "tokens are not drafted yet (only speed differs), leave the flag out",
     "enable-prefix-caching": _PREFIX,
     "mamba-block-size": _PREFIX,
     "prefix-match-unit": _PREFIX,
@@ -222,8 +226,10 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     """Return a command line with one spelling of everything.
 
     Underscores in names become dashes; a list after a flag that takes several words becomes one
-    flag a word, where the model is given elsewhere. Raises UnsupportedError at a refused flag.
+    flag a word, where the model is given elsewhere; --flag.key VALUE becomes a key of the flag's
+    JSON. Raises UnsupportedError at a refused flag.
     """
+    arguments = _join_keys(arguments)
     names = [_split(argument)[0] for argument in arguments]
     has_model = "model" in names or (bool(arguments) and not arguments[0].startswith("-"))
     prepared: list[str] = []
@@ -242,6 +248,29 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         repeated = f"--{name}" if flag is not None and flag.kind == "words" else ""
         prepared.append(f"--{name}" + "".join(argument.partition("=")[1:]))
     return prepared
+
+
+def _join_keys(arguments: Sequence[str]) -> list[str]:
+    """Gather --flag.key VALUE, or --flag.key=VALUE, into one JSON object a flag."""
+    kept: list[str] = []
+    objects: dict[str, dict[str, Any]] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        name, value = _split(argument)
+        base, dot, key = (name or "").partition(".")
+        flag = _BY_NAME.get(base)
+        if not dot or flag is None or flag.kind != "json":
+            kept.append(argument)
+            continue
+        text = value if "=" in argument else next(rest, "")
+        found = objects.setdefault(base, {})
+        try:
+            found[key.replace("-", "_")] = json.loads(text)
+        except ValueError:  # a bare word
+            found[key.replace("-", "_")] = text
+    for base, found in objects.items():
+        kept.append(f"--{base}={json.dumps(found)}")
+    return kept
 
 
 def read(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

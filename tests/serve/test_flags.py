@@ -119,3 +119,20 @@ def test_the_documentation_names_every_flag() -> None:
     assert named >= {flag.name for flag in FLAGS} | set(REFUSED)
     # Beyond the table only what the text says about single values.
     assert named - {flag.name for flag in FLAGS} - set(REFUSED) <= {"no"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}'],
+        ["--speculative_config.method", "mtp", "--speculative-config.num-speculative-tokens=3"],
+        ["--speculative-config.method=mtp", "--speculative_config.num_speculative_tokens", "3"],
+    ],
+)
+def test_json_flags_may_be_given_key_by_key(arguments: list[str]) -> None:
+    prepared = prepare(["pico", *arguments, "--port", "0"])
+    given = [argument for argument in prepared if argument.startswith("--speculative-config")]
+    text = given[0].partition("=")[2] or prepared[prepared.index(given[0]) + 1]
+    taken, _ = read({"speculative-config": text})
+    assert taken["speculative-config"] == {"method": "mtp", "num_speculative_tokens": 3}
+    assert prepared.count("--port") == 1 and len(given) == 1

@@ -55,8 +55,9 @@ def test_a_taken_port_is_found_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["m", "--speculative-config", "{}"], 2, "--speculative-config is not supported: tokens"),
-        (["m", "--speculative_config.method", "mtp"], 2, "--speculative-config is not supported"),
+        (["m", "--speculative-config", "{"], 2, "--speculative-config '{' is not JSON"),
+        (["pico", "--speculative_config.method", "eagle"], 1, "speculative method is 'eagle'"),
+        (["pico", "--speculative-config", '{"model": "x"}'], 1, "unknown key speculative.model"),
         (["m", "--tensor_parallel_size=2"], 2, "--tensor-parallel-size 2 is not supported"),
         (["m", "--lora-modules", "a=b", "c=d"], 2, "merge them into the checkpoint"),
         (["a", "--model", "b"], 2, "the model is given twice"),
