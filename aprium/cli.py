@@ -359,7 +359,7 @@ def quantize(source: str | None, target: Path | None, **options: Any) -> None:
         say=lambda text: click.echo(text, err=options["as_json"]),
     )
     if options["as_json"]:
-        click.echo(json.dumps(dataclasses.asdict(result)))
+        click.echo((target / "report.json").read_text(encoding="utf-8").strip())
         return
     for name, value in summary(result).items():
         click.echo(f"{name:44} {value}")

@@ -46,7 +46,7 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
     return values * page_size * dtype.itemsize
 
 
-def slot_bytes(config: ModelConfig, ssm_dtype: torch.dtype) -> int:
+def slot_bytes(config: ModelConfig, ssm_dtype: torch.dtype = torch.float32) -> int:
     """Return the bytes of one sequence's recurrent state over all Mamba layers."""
     tail = (config.conv_kernel - 1) * config.conv_dim * torch.float32.itemsize
     state = config.mamba_inner * config.ssm_state_size * ssm_dtype.itemsize
@@ -72,6 +72,7 @@ def plan_cache(
     fitted. Raises ConfigError when a sequence of full length cannot be held.
     """
     per_page, per_slot = page_bytes(config, page_size, dtype), slot_bytes(config, ssm_dtype)
+    working = per_slot if ssm_dtype == torch.float32 else per_slot + slot_bytes(config)
     per_page = max(per_page, 1)  # a model without attention: pages cost nothing
     longest = config.max_position_embeddings if max_model_len is None else max_model_len
     if longest > config.max_position_embeddings:
@@ -82,7 +83,7 @@ def plan_cache(
             config.max_position_embeddings,
         )
     one = -(-longest // page_size)
-    spare = free_bytes // 2 - max_num_seqs * per_slot
+    spare = free_bytes // 2 - max_num_seqs * working  # a step widens the slots that it runs
     if kv_cache_bytes is not None:
         num_pages = kv_cache_bytes // per_page
     else:
@@ -92,7 +93,7 @@ def plan_cache(
     if num_pages < one:
         held = num_pages * page_size
         if max_model_len is not None or not num_pages:
-            _refuse(longest, one * per_page, kv_cache_bytes, max_num_seqs * per_slot, free_bytes)
+            _refuse(longest, one * per_page, kv_cache_bytes, max_num_seqs * working, free_bytes)
         get_logger("engine").warning(
             "memory holds sequences of %d tokens; the model could take %d", held, longest
         )

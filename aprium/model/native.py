@@ -11,6 +11,7 @@ row, so a token's result does not depend on what is computed beside it. Weights 
 float16 and the router always take float32. Source: docs/native.md.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -71,7 +72,8 @@ class NativeModel:
         else:
             self._head = self.weight(model.lm_head)
         self._vocab_size = model.config.vocab_size
-        self._state: tuple[HybridState | None, Any] = None, None
+        # Weakly, so that a state made for one step goes when the step ends.
+        self._state: tuple[weakref.ref[HybridState] | None, Any] = None, None
         self._backbone = self._program(model.backbone.layers, 0)
         head = model.mtp.layers if model.config.num_mtp_layers else ()
         size, first = len(model.config.mtp_layers), model.config.layers.count("attention")
@@ -103,13 +105,14 @@ class NativeModel:
         return x
 
     def _addresses(self, state: HybridState) -> Any:
-        if self._state[0] is not state:
+        known, found = self._state
+        if known is None or known() is not state:
             groups = (state.conv, state.ssm, state.ring, state.keys, state.values)
             addresses = ([t.data_ptr() for t in group] for group in groups)
             cache = _CACHE_FORMATS[state.kv_dtype]
             found = _library().State(*addresses, state.ring_size, cache)
-            self._state = state, found
-        return self._state[1]
+            self._state = weakref.ref(state), found
+        return found
 
     def step(self, layout: Layout) -> Any:
         """Return `layout`'s integers as the library takes them."""

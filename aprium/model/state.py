@@ -27,7 +27,7 @@ from aprium.ops.rounding import round_stochastic
 _LARGEST_HALF = 65504.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class HybridState:
     """Buffers that `HybridModel.forward` reads and writes in place.
 
@@ -111,6 +111,7 @@ class HybridState:
         it is batched with; it does depend on where steps end.
         """
         assert layout.slots is not None
+        assert not any(layout.replay) and not any(layout.hold), "the ring belongs to float32 states"
         slots = layout.slots
         wide = dataclasses.replace(
             self,

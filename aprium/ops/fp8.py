@@ -30,14 +30,16 @@ def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:
     return to_float(weight).mul_(align_scale(weight_scale, weight.shape[:-2]))
 
 
-def encode(x: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, *, amax: Tensor | None = None, name: str = "tensor") -> tuple[Tensor, Tensor]:
     """Encode `x` [*lead, N, K] under the scales that make each matrix's largest magnitude 448.
 
-    Returns float8_e4m3fn codes and float32 [*lead] scales, 1 where all is zero. The quotient is
+    `amax` float32 [] or [*lead] stands for that magnitude where matrices share a scale. Returns
+    float8_e4m3fn codes and float32 [*lead] scales, 1 where all is zero. The quotient is
     rounded to the dtype of `x` first, as ModelOpt does. Raises QuantizeError naming `name` for
     values that are not finite.
     """
-    amax = largest_magnitude(x, name)
+    found = largest_magnitude(x, name)
+    amax = (found if amax is None else amax.float()).expand(found.shape)
     scale = torch.where(amax > 0, amax / LARGEST, 1.0)
     quotient = (x.float() / align_scale(scale, x.shape[:-2])).to(x.dtype)
     return to_fp8(quotient), scale

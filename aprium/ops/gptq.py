@@ -9,6 +9,7 @@ Source: arXiv 2210.17323 (GPTQ), 2509.23202 (in NVFP4).
 import torch
 from torch import Tensor
 
+from aprium.base.errors import QuantizeError
 from aprium.ops import fp8, nvfp4
 from aprium.ops.nvfp4 import BLOCK, Encoded, Rule
 
@@ -19,6 +20,14 @@ def hessian(x: Tensor) -> Tensor:
     """Return the mean of x x^T over the rows of `x` [T, K], float32 [K, K]."""
     x = x.float()
     return (x.T @ x) / max(x.shape[0], 1)
+
+
+def floor_importance(importance: Tensor) -> Tensor:
+    """Return `importance` [*lead, K] with no column below a thousandth of the mean.
+
+    An input that samples did not show may come all the same.
+    """
+    return importance.clamp(min=1e-3 * importance.mean(-1, keepdim=True))
 
 
 def gptq(
@@ -35,14 +44,14 @@ def gptq(
     `rule` chooses block scales as in `nvfp4.encode`, weighing columns by the Hessian's diagonal
     where it searches; `amax` float32 [] sets the global scale. `damping` is added to the diagonal
     as a share of its mean, ten times as much as often as the matrix is still not positive definite.
-    Raises QuantizeError as `encode` does.
+    Columns whose input was always zero are rounded to nearest. Raises QuantizeError as `encode`
+    does, and for a Hessian that is not finite.
     """
     found = nvfp4.check(weight, name)
     amax = found if amax is None else amax.float()
-    inverse = _inverse_factor(curvature, damping)
-    importance = curvature.diagonal().float()
+    inverse = _inverse_factor(curvature, damping, name)
+    importance = floor_importance(curvature.diagonal().float())
     work = weight.float().clone()
-    work[:, importance == 0] = 0  # inputs that are never there
     result = nvfp4.encode(work, rule, amax=amax, name=name)
     columns = work.shape[1]
     for begin in range(0, columns, _LAZY):
@@ -83,8 +92,12 @@ def _round_block(
     result.scale.view(torch.uint8)[:, block // BLOCK] = local.scale.view(torch.uint8)[:, 0]
 
 
-def _inverse_factor(curvature: Tensor, damping: float) -> Tensor:
+def _inverse_factor(curvature: Tensor, damping: float, name: str) -> Tensor:
     """Return the upper Cholesky factor of the damped Hessian's inverse."""
+    if not bool(curvature.isfinite().all()):
+        raise QuantizeError(
+            f"{name}: its calibration inputs are too large or not numbers: use method rtn for it"
+        )
     matrix = curvature.double().clone()
     diagonal = matrix.diagonal()
     diagonal[diagonal == 0] = 1

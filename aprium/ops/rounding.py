@@ -15,5 +15,7 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
     fraction, smallest, largest = _FORMATS[dtype]
     _, exponent = torch.frexp(x)
     step = torch.ldexp(torch.ones_like(x), (exponent - 1).clamp(min=smallest) - fraction)
+    scaled = x / step
+    lower = scaled.floor()
     drawn = torch.rand(x.shape, generator=generator).to(x.device)
-    return ((x / step + drawn).floor() * step).clamp(-largest, largest).to(dtype)
+    return ((lower + (drawn < scaled - lower)) * step).clamp(-largest, largest).to(dtype)

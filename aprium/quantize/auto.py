@@ -29,7 +29,10 @@ from aprium.quantize.streams import Stream
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Matrices that share a format: by parameter of the model, and by published module name."""
+    """Matrices that share a format: by parameter of the model, and by published module name.
+
+    `blocks` tells whether all have widths that NVFP4's blocks divide.
+    """
 
     name: str
     layer: int
@@ -37,6 +40,7 @@ class Unit:
     parameters: tuple[str, ...]
     modules: tuple[str, ...]
     weights: int
+    blocks: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +54,19 @@ class Choice:
 
 def units(config: ModelConfig) -> list[Unit]:
     """Return the units of the backbone's layers: q, k and v are one, a layer's experts are one."""
-    grouped: dict[str, list[tuple[str, int]]] = {}
-    for module, matrix in matrices(config).items():
+    grouped: dict[str, list[str]] = {}
+    found_matrices = matrices(config)
+    for module in found_matrices:
         role = role_of(module)
         if role in ("mtp", "head"):
             continue
         mixer = ".".join(module.split(".")[:4])
         fused = {"attention_qkv": f"{mixer}.qkv_proj", "expert": f"{mixer}.experts"}
-        grouped.setdefault(fused.get(role, module), []).append(
-            (module, matrix.rows * matrix.columns)
-        )
+        grouped.setdefault(fused.get(role, module), []).append(module)
     found = []
     for name, members in grouped.items():
-        modules = tuple(module for module, _ in members)
+        modules = tuple(members)
+        shapes = [found_matrices[module] for module in modules]
         if name.endswith(".experts"):
             parameters = (f"{name}.up_proj", f"{name}.down_proj")
         else:
@@ -74,7 +78,8 @@ def units(config: ModelConfig) -> list[Unit]:
                 role=role_of(modules[0]),
                 parameters=parameters,
                 modules=modules,
-                weights=sum(size for _, size in members),
+                weights=sum(shape.rows * shape.columns for shape in shapes),
+                blocks=all(shape.columns % nvfp4.BLOCK == 0 for shape in shapes),
             )
         )
     return found
@@ -125,7 +130,7 @@ def measure(
     with _progress() as bar:
         for unit in bar.track(found, description="measuring"):
             row = {}
-            for fmt in options:
+            for fmt in options if unit.blocks else ("fp8",):
                 kept = _put(model, unit, fmt, recipe)
                 stream.hidden = before[unit.layer].clone()
                 for block in layers[unit.layer :]:
@@ -166,20 +171,21 @@ def solve(
     """Return the format of each unit: least total divergence within `budget` bits a weight."""
     choices: list[str | None] = [*options, None]
     costs = np.array([[row.get(fmt, 0.0) if fmt else 0.0 for fmt in choices] for row in table])
+    possible = np.array([[fmt is None or fmt in row for fmt in choices] for row in table])
     total = sum(unit.weights for unit in found)
     bits = np.array([[BITS[fmt] * u.weights / total for fmt in choices] for u in found])
     one_each = np.kron(np.eye(len(found)), np.ones(len(choices)))
     result = scipy.optimize.milp(
         costs.ravel(),
         integrality=np.ones(costs.size),
-        bounds=scipy.optimize.Bounds(0, 1),
+        bounds=scipy.optimize.Bounds(0, possible.ravel().astype(float)),  # type: ignore[arg-type]
         constraints=[
             scipy.optimize.LinearConstraint(one_each, 1, 1),
             scipy.optimize.LinearConstraint(bits.ravel()[None], -np.inf, budget + 1e-9),
         ],
     )
     if not result.success:
-        raise QuantizeError(f"no choice of formats meets {budget} bits: {result.message}")
+        raise QuantizeError(f"no choice of formats meets {budget} bits: give more")
     taken = result.x.reshape(costs.shape).argmax(1)
     return [choices[i] for i in taken]
 
@@ -196,10 +202,11 @@ def formats_of(choices: Sequence[Choice]) -> dict[str, str]:
 
 def render(choices: Sequence[Choice]) -> str:
     """Return the choices as a table, one line a unit."""
-    options = list(choices[0].divergence)
+    options = list(max((choice.divergence for choice in choices), key=len))
     lines = [f"{'unit':44}{'weights':>12}" + "".join(f"{f:>14}" for f in options) + "  format"]
     for choice in choices:
-        row = "".join(f"{choice.divergence[fmt]:>14.2e}" for fmt in options)
+        known = choice.divergence
+        row = "".join(f"{known[f]:>14.2e}" if f in known else f"{'':>14}" for f in options)
         name = choice.unit.name.removeprefix("backbone.layers.")
         lines.append(f"{name:44}{choice.unit.weights:>12,}{row}  {choice.format or 'bf16'}")
     return "\n".join(lines)

@@ -5,7 +5,6 @@ multiplies by and the other divides by, become their reciprocals. Tensors stream
 source, so memory holds one at a time. Source: docs/numerics.md.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from aprium.base.errors import QuantizeError
+from aprium.base.errors import CheckpointError, QuantizeError
 from aprium.checkpoint.load import Plan, read_plan
 from aprium.checkpoint.names import NVFP4_FORMATS, tensor_table
 from aprium.checkpoint.quant_config import QUANT_FILE, to_hf
@@ -35,6 +34,8 @@ def convert(source: Path, target: Path, to: Layout) -> int:
     """
     if to not in LAYOUTS:
         raise QuantizeError(f"unknown layout {to!r}: use one of {', '.join(LAYOUTS)}")
+    if source.resolve() == target.resolve():
+        raise QuantizeError(f"{target} is the source itself: name another directory to write")
     plan = read_plan(source)
     if not plan.quant.formats:
         raise QuantizeError(f"{source} is not quantised: there is nothing to convert")
@@ -42,7 +43,19 @@ def convert(source: Path, target: Path, to: Layout) -> int:
     tensors = _Tensors(plan, to)
     table = tensor_table(plan.config, quant)
     entries = [Entry(name, *tensors.kind(name, spec.shape)) for name, spec in table.items()]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(plan, target, quant, entries, tensors)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    read_plan(target)  # what was written must load
+    return sum(entry.num_bytes for entry in entries)
+
+
+def _write(
+    plan: Plan, target: Path, quant: QuantConfig, entries: list[Entry], tensors: "_Tensors"
+) -> None:
+    """Write the checkpoint beside `target` and put it in its place."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         complete = Path(name) / "complete"
         complete.mkdir()
@@ -57,9 +70,6 @@ def convert(source: Path, target: Path, to: Layout) -> int:
         write_json(complete / "config.json", config)
         write_directory(complete, entries, tensors.fetch, DEFAULT_SHARD_BYTES)
         move_directory(complete, target)
-        shutil.rmtree(complete, ignore_errors=True)
-    read_plan(target)  # what was written must load
-    return sum(entry.num_bytes for entry in entries)
 
 
 class _Tensors:
@@ -100,9 +110,10 @@ class _Tensors:
             value = 1.0 / value if changes else value
         else:
             value = self._read(name)
-        wanted = self.kind(name, () if value.numel() == 1 and fmt else tuple(value.shape))
-        assert DTYPE_NAMES[value.dtype] == wanted[0]
-        return value.reshape(wanted[1])
+        scalar = value.numel() == 1 and "scale" in leaf
+        dtype, shape = self.kind(name, () if scalar else tuple(value.shape))
+        assert DTYPE_NAMES[value.dtype] == dtype
+        return value.reshape(shape)
 
     def _decoded(self, module: str, fmt: str) -> Tensor:
         if fmt == "fp8":

@@ -6,21 +6,23 @@ counted. Source: docs/numerics.md.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from aprium.base.errors import QuantizeError
 from aprium.model.linear import Experts, Linear, Matrix
 from aprium.ops import fp8, nvfp4
-from aprium.ops.gptq import gptq, hessian
+from aprium.ops.gptq import floor_importance, gptq, hessian
 from aprium.ops.matmul import linear
 from aprium.quantize.recipes import BITS, Recipe, role_of
 from aprium.quantize.streams import Inputs, expert_hidden
 
 FEW_TOKENS = 64  # below which an expert's inputs say too little about it
-_FUSED = ("q_proj", "k_proj", "v_proj")
+FUSED = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +86,13 @@ class Encoder:
         group = [
             (leaf, module)
             for leaf, module in linears
-            if leaf in _FUSED and self.formats.get(f"{name}.{leaf}") is not None
+            if leaf in FUSED and self.formats.get(f"{name}.{leaf}") is not None
         ]
         if not group:
             return {}
-        amax = torch.stack([nvfp4.check(m.weight, f"{name}.{leaf}") for leaf, m in group]).max()
+        amax = torch.stack(
+            [fp8.largest_magnitude(m.weight, f"{name}.{leaf}") for leaf, m in group]
+        ).max()
         return {leaf: amax for leaf, _ in group}
 
     def _linear(
@@ -109,7 +113,7 @@ class Encoder:
             return
         decoded = self._encode(weight, name, fmt, seen, amax, self.recipe)
         if seen is not None and fmt in ("fp8", "nvfp4"):
-            self._input_scale(name, fmt, float(seen.abs().max()))
+            self._input_scale(name, fmt, _largest(seen, name))
         before = float(weight.float().square().sum())
         off = float((decoded - weight.float()).square().sum())
         output = None
@@ -129,14 +133,16 @@ class Encoder:
     ) -> Tensor:
         """Encode one matrix into `tensors` and return its decoded values, float32."""
         if fmt == "fp8":
-            codes, scale = fp8.encode(weight, name=name)
+            codes, scale = fp8.encode(weight, amax=amax, name=name)
             self.tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale}
             return fp8.dequantize(codes, scale)
         if recipe.method == "gptq":
             assert seen is not None
             encoded = gptq(weight, hessian(seen), recipe.rule, amax=amax, name=name)
         else:
-            importance = seen.square().mean(0) if recipe.weighted and seen is not None else None
+            importance = None
+            if recipe.weighted and seen is not None:
+                importance = floor_importance(seen.square().mean(0))
             encoded = nvfp4.encode(weight, recipe.rule, amax=amax, importance=importance, name=name)
         self.tensors |= {
             f"{name}.weight": encoded.packed,
@@ -161,20 +167,24 @@ class Encoder:
         assert isinstance(up, Matrix) and isinstance(down, Matrix)
         tally = {leaf: _Tally() for leaf in ("up_proj", "down_proj")}
         decoded = {
-            leaf: torch.empty(m.weight.shape) for leaf, m in (("up_proj", up), ("down_proj", down))
+            leaf: torch.empty(matrix.weight.shape)
+            for leaf, matrix in (("up_proj", up), ("down_proj", down))
+            if self.formats.get(f"{name}.0.{leaf}") is not None
         }
         for expert in range(up.weight.shape[0]):
             weights = {"up_proj": up.weight[expert], "down_proj": down.weight[expert]}
             given = _expert_inputs(seen, expert, weights["up_proj"])
             checked = _expert_inputs(held, expert, weights["up_proj"])
             for leaf, weight in weights.items():
-                decoded[leaf][expert] = self._expert(
+                value = self._expert(
                     f"{name}.{expert}.{leaf}",
                     weight,
                     given.get(leaf),
                     checked.get(leaf),
                     tally[leaf],
                 )
+                if value is not None:
+                    decoded[leaf][expert] = value
         for leaf, matrix in (("up_proj", up), ("down_proj", down)):
             counted, fmt = tally[leaf], self.formats.get(f"{name}.0.{leaf}")
             self._fill_input_scales(f"{name}", leaf, fmt, counted)
@@ -194,19 +204,19 @@ class Encoder:
 
     def _expert(
         self, name: str, weight: Tensor, seen: Tensor | None, held: Tensor | None, tally: "_Tally"
-    ) -> Tensor:
-        """Encode one expert's matrix; return its decoded values."""
+    ) -> Tensor | None:
+        """Encode one expert's matrix; return its decoded values, None where it stays as it is."""
         fmt = self.formats.get(name)
         if fmt is None:
             self.tensors[f"{name}.weight"] = weight
-            return weight.float()
+            return None
         recipe = self.recipe
         calibrated = recipe.method == "gptq" or recipe.weighted
         if seen is not None and len(seen) < FEW_TOKENS and calibrated and fmt != "fp8":
             recipe = dataclasses.replace(recipe, method="rtn", weighted=False)
             tally.fell_back += 1
         decoded = self._encode(weight, name, fmt, seen, None, recipe)
-        tally.largest.append(float(seen.abs().max()) if seen is not None and len(seen) else None)
+        tally.largest.append(_largest(seen, name) if seen is not None and len(seen) else None)
         tally.weight += float(weight.float().square().sum())
         tally.off += float((decoded - weight.float()).square().sum())
         if held is not None and len(held):
@@ -272,6 +282,13 @@ def _output_error(rows: Tensor, weight: Tensor, decoded: Tensor) -> tuple[float,
     """Return the squared error of the outputs of `rows`, and their squared size."""
     whole = linear(rows, weight.float())
     return float((linear(rows, decoded) - whole).square().sum()), float(whole.square().sum())
+
+
+def _largest(seen: Tensor, name: str) -> float:
+    largest = float(seen.abs().max())
+    if not math.isfinite(largest):
+        raise QuantizeError(f"{name}: its calibration inputs are not finite: the model is damaged")
+    return largest
 
 
 def _ratio(off: float, whole: float) -> float:

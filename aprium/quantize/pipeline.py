@@ -2,7 +2,7 @@
 
 Two streams of held-out samples pass through the model, one through the layers as they were and one
 through the layers as they became, and a stream of calibration samples through the latter. At any
-moment memory holds one layer (its weights, and one matrix of them in float32) and the streams'
+moment memory holds one layer (its weights, encoded, and decoded in float32) and the streams'
 states with what the layer's matrices were given; the model may be larger than memory. What is done
 is kept beside the target, and the same command continues from the last whole layer.
 """
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from aprium.base.config import to_dict
-from aprium.base.errors import QuantizeError
+from aprium.base.errors import CheckpointError, QuantizeError
 from aprium.base.log import get_logger
 from aprium.checkpoint.load import Plan, fill, read_plan
 from aprium.checkpoint.names import parameter_of, tensor_table
@@ -86,11 +86,21 @@ def quantize(
             f"{source} is quantised already: make a BF16 checkpoint of it first, with "
             "`aprium convert --to bf16`"
         )
+    if source.resolve() == target.resolve():
+        raise QuantizeError(f"{target} is the source itself: name another directory to write")
     chosen = formats_of(recipe, plan.config) if formats is None else formats
+    if not chosen:
+        raise QuantizeError(
+            "no matrix of this model gets a format: choose another recipe or budget"
+        )
     if recipe.needs_inputs(chosen.values()) and not calibration:
         raise QuantizeError("this recipe needs calibration samples: give some")
-    work = _Work(plan, target.absolute(), recipe, chosen, [list(s) for s in calibration])
-    return work.run([list(s) for s in heldout])
+    used = calibration if recipe.needs_inputs(chosen.values()) else ()
+    work = _Work(plan, target.absolute(), recipe, chosen, [list(s) for s in used])
+    try:
+        return work.run([list(s) for s in heldout if len(s) > 1])
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 class _Work:
@@ -147,8 +157,7 @@ class _Work:
         fill(self.model, self.plan.tensors, f"{name}.")
         block = self.model.get_submodule(name)
         assert isinstance(block, Block)
-        needed = self.recipe.needs_inputs(self.formats.values())
-        seen = Inputs() if state.seen and needed else None
+        seen = Inputs() if state.seen else None
         held = Inputs() if state.after else None
         if state.seen is not None and seen is not None:
             state.seen.copy().advance(block, seen)
@@ -256,10 +265,12 @@ class _Work:
 
     def _key(self, heldout: list[list[int]]) -> str:
         """Return a digest of all that decides the result, so that only the same run goes on."""
+        files = sorted({tensor.file for tensor in self.plan.tensors.values()})
         facts = [
             *(str(self.plan.path.resolve()), to_dict(self.recipe), sorted(self.formats.items())),
             *(self.calibration, heldout),
             [(t.name, t.start, t.end) for t in self.plan.tensors.values()],
+            [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

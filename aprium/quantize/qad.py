@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from aprium.model.linear import Matrix
 from aprium.model.model import Block, HybridModel
 from aprium.ops import fp8, nvfp4
 from aprium.ops.nvfp4 import Encoded, Rule
+from aprium.quantize.encode import FUSED
 from aprium.quantize.streams import Stream, compare, normalise
 from aprium.train.losses import LossConfig
 from aprium.train.optim import OptimConfig
@@ -60,22 +61,30 @@ class QadConfig:
 class FakeQuant(nn.Module):
     """A weight [*lead, N, K] as its codes say, with gradients passed through unchanged.
 
-    `fixed` holds block and global scales; None chooses them anew at each call by `rule`.
+    `fixed` holds block and global scales; None chooses them anew at each call by `rule`. `largest`
+    gives the magnitude that matrices with one global scale share, by default the weight's own.
     """
 
-    def __init__(self, fmt: str, rule: Rule, fixed: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(
+        self,
+        fmt: str,
+        rule: Rule,
+        fixed: tuple[Tensor, Tensor] | None,
+        largest: Callable[[], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.format = fmt
+        self.format, self._largest = fmt, largest
         self.rule: Rule = rule
         self.fixed = fixed
 
     @torch.no_grad()
     def encode(self, weight: Tensor) -> Encoded | tuple[Tensor, Tensor]:
         """Return the stored form: `Encoded`, or FP8 codes and scale."""
+        amax = self._largest() if self._largest is not None else None
         if self.format == "fp8":
-            return fp8.encode(weight)
+            return fp8.encode(weight, amax=amax)
         if self.fixed is None:
-            return nvfp4.encode(weight, self.rule)
+            return nvfp4.encode(weight, self.rule, amax=amax)
         scale, scale_2 = self.fixed
         return Encoded(nvfp4.encode_with(weight, scale, scale_2), scale, scale_2)
 
@@ -133,7 +142,7 @@ def distil(
     Returns the quality on `heldout` as `streams.compare` does. Raises QuantizeError when `target`
     was not made of `source` in ModelOpt's layout.
     """
-    teacher = load_checkpoint(source)
+    teacher = load_checkpoint(source, load="memory")
     stored = load_checkpoint(target, load="memory")
     if not stored.quant.formats or stored.quant.layout != "modelopt":
         raise QuantizeError(f"{target} has no quantised matrices in ModelOpt's layout to train")
@@ -141,7 +150,8 @@ def distil(
         raise QuantizeError(f"{target} was not made of {source}: their shapes differ")
     teacher.model.requires_grad_(False)
     student = _student(teacher.model, stored.model, rule, config.scales)
-    output = _output(target.absolute(), [str(source), rule, asdict(config), list(samples)])
+    facts = [str(source), rule, asdict(config), list(samples), _digest(stored.model)]
+    output = _output(target.absolute(), facts)
     trainer = Trainer(
         student,
         _Source(samples, config),
@@ -184,20 +194,49 @@ def _output(target: Path, facts: list[Any]) -> Path:
     return output
 
 
+def _digest(stored: HybridModel) -> str:
+    """Return a digest of the formats and scales that training starts from."""
+    digest = hashlib.sha256()
+    for name, matrix in _quantised(stored).items():
+        digest.update(f"{name} {matrix.format}".encode())
+        digest.update(matrix.pick("weight_scale").view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _student(teacher: HybridModel, stored: HybridModel, rule: Rule, scales: str) -> HybridModel:
     """Return the teacher in float32, its forward pass quantised as `stored` is."""
     student = HybridModel(teacher.config, dtype=torch.float32)
     student.load_state_dict(teacher.state_dict())
-    for name, matrix in _quantised(stored).items():
+    quantised = _quantised(stored)
+    for name, matrix in quantised.items():
         fixed = None
         if scales == "frozen" and matrix.format != "fp8":
             fixed = (matrix.pick("weight_scale").detach(), matrix.pick("weight_scale_2").detach())
-        fake = FakeQuant(str(matrix.format), rule, fixed)
+        owner, _, leaf = name.rpartition(".")
+        largest = None
+        if leaf in FUSED:
+            mixer = student.get_submodule(owner)
+            largest = _shared(mixer, [f for f in FUSED if f"{owner}.{f}" in quantised])
+        fake = FakeQuant(str(matrix.format), rule, fixed, largest)
         parametrize.register_parametrization(student.get_submodule(name), "weight", fake)
     for name, parameter in student.named_parameters():
         if name.startswith("mtp."):  # the loss does not reach it
             parameter.requires_grad_(False)
     return student
+
+
+def _shared(mixer: nn.Module, leaves: Sequence[str]) -> Callable[[], Tensor]:
+    """Return what gives the largest magnitude of the weights of `leaves` together, as trained."""
+
+    def largest() -> Tensor:
+        weights = dict(mixer.named_parameters())
+        trained = (  # a matrix that has no parametrization yet has its weight itself
+            weights.get(f"{leaf}.parametrizations.weight.original", weights.get(f"{leaf}.weight"))
+            for leaf in leaves
+        )
+        return torch.stack([w.detach().abs().max() for w in trained if w is not None]).max()
+
+    return largest
 
 
 def _quantised(model: HybridModel) -> dict[str, Matrix]:

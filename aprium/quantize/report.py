@@ -54,13 +54,14 @@ def summary(result: Result) -> dict[str, str]:
 
 def _page(result: Result, more: dict[str, Any]) -> str:
     lines = [f"<tr><td>{k}</td><td>{html.escape(v)}</td></tr>" for k, v in summary(result).items()]
+    when = ", before distillation" if "distillation" in more else ""
     settings = html.escape(json.dumps(result.recipe | more, indent=2))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Quantisation report</title>"
         f"<style>{_STYLE}</style><h1>Quantisation report</h1>"
         f"<p>{html.escape(result.source)}</p><table>{''.join(lines)}</table>"
         f"{_plot(result.matrices)}"
-        f"<h2>By matrix</h2><table><tr><th>matrix<th>role<th>format<th>bits<th>weight error"
+        f"<h2>By matrix{when}</h2><table><tr><th>matrix<th>role<th>format<th>bits<th>weight error"
         f"<th>output error</tr>{''.join(_row(m) for m in result.matrices)}</table>"
         f"<h2>Settings</h2><pre>{settings}</pre></html>"
     )

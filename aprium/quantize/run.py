@@ -1,5 +1,6 @@
 """The whole of `aprium quantize`: samples, choice of formats, encoding, distillation, report."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from aprium.base.errors import QuantizeError
 from aprium.checkpoint.hub import resolve
-from aprium.checkpoint.load import load_checkpoint
+from aprium.checkpoint.load import choose_load, load_checkpoint, read_plan
 from aprium.quantize import auto, pipeline, qad, samples
 from aprium.quantize.pipeline import Result
 from aprium.quantize.recipes import Recipe
@@ -52,7 +53,20 @@ def run(
 
     `say` takes what is worth showing on the way. Raises QuantizeError, DataError, CheckpointError.
     """
-    path = resolve(source)
+    path, begun = resolve(source), time.monotonic()
+    if (plan := read_plan(path)).quant.formats:
+        raise QuantizeError(
+            f"{path} is quantised already: make a BF16 checkpoint of it first, with "
+            "`aprium convert --to bf16`"
+        )
+    if path.resolve() == target.resolve():
+        raise QuantizeError(f"{target} is the source itself: name another directory to write")
+    size = sum(tensor.end - tensor.start for tensor in plan.tensors.values())
+    if (options.budget is not None or options.distil is not None) and choose_load(size) == "mmap":
+        raise QuantizeError(
+            f"{path} does not fit into memory, which a search or distillation needs: leave out the "
+            "budget and distillation"
+        )
     needed = recipe.needs_inputs(asdict(recipe.formats).values())
     needed |= options.budget is not None or options.distil is not None
     calibration: list[list[int]] = []
@@ -62,8 +76,7 @@ def run(
     more: dict[str, Any] = {}
     formats = None
     if options.budget is not None:
-        model = load_checkpoint(path).model
-        choices = auto.search(model, calibration[:_SEARCH_SAMPLES], recipe, options.budget)
+        choices = _search(path, calibration, recipe, options.budget)
         formats = auto.formats_of(choices)
         more["choices"] = [asdict(choice) for choice in choices]
         say(auto.render(choices))
@@ -81,8 +94,17 @@ def run(
             path, target, recipe.rule, options.distil, samples=calibration, heldout=heldout
         )
         result = replace(result, quality=quality)
+    result = replace(result, seconds=time.monotonic() - begun)
     write_report(target, result, **more)
     return result
+
+
+def _search(
+    path: Path, samples: list[list[int]], recipe: Recipe, budget: float
+) -> list[auto.Choice]:
+    """Search formats with the model in memory, which is let go of afterwards."""
+    model = load_checkpoint(path, load="memory").model
+    return auto.search(model, samples[:_SEARCH_SAMPLES], recipe, budget)
 
 
 def _samples(path: Path, options: Options) -> tuple[list[list[int]], list[list[int]]]:

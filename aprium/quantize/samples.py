@@ -7,7 +7,7 @@ as real text and needs none. Source: arXiv 2410.17170 (self-calibration), 2406.0
 from collections.abc import Sequence
 from pathlib import Path
 
-from aprium.base.errors import DataError
+from aprium.base.errors import DataError, TemplateError
 from aprium.base.records import Message, SamplingParams
 from aprium.data.sources import Text, conversation, read_jsonl
 from aprium.engine.client import LLM
@@ -47,6 +47,8 @@ def _read_row(row: dict, path: Path, text: Text) -> list[int]:
         return list(conversation(messages, text, "", tools=row.get("tools", ())).tokens)
     if "text" not in row:
         raise DataError(f"{path}: a line has neither 'text' nor 'messages'")
+    if not isinstance(row["text"], str):
+        raise DataError(f"{path}: a line's 'text' is {row['text']!r}, not a string")
     return text.tokenizer.encode(row["text"])
 
 
@@ -72,7 +74,13 @@ def write_samples(model: Path, *, count: int, length: int, seed: int = 0) -> lis
 
 def _prompt(model: Path) -> list[int]:
     """Return the tokens before a user's words."""
-    text = ChatTemplate.load(model).render([Message(role="user", content=_MARK)], ())
+    try:
+        text = ChatTemplate.load(model).render([Message(role="user", content=_MARK)], ())
+    except TemplateError as error:
+        raise DataError(
+            f"the model cannot write its own samples ({error}): give a file to calibrate on, or "
+            "measure nothing with a recipe that needs no calibration"
+        ) from error
     return Tokenizer.load(model).encode(text.partition(_MARK)[0])
 
 

@@ -97,12 +97,13 @@ class Inputs:
 
     def close(self) -> None:
         """Join what was noted step by step."""
-        for name, parts in self.parts.items():
+        while self.parts:
+            name, parts = self.parts.popitem()
+            joined = torch.cat(parts)
             if name == "routing":
-                self.experts = torch.cat(parts).long()
+                self.experts = joined.long()
             else:
-                self.rows[name] = torch.cat(parts)
-        self.parts.clear()
+                self.rows[name] = joined
 
     def of_expert(self, expert: int) -> Tensor:
         """Return the rows [R, K] that `expert` was given."""

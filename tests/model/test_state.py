@@ -122,6 +122,8 @@ def test_stochastic_rounding_is_right_on_average(dtype, largest):
     assert float(((draws.mean(0) - x) / steps).abs().max()) < 0.05  # 5 sigma
     exact = draws[0]
     assert torch.equal(round_stochastic(exact, dtype, generator).float(), exact)
+    many = torch.full((1 << 20,), 1.5)
+    assert bool((round_stochastic(many, dtype, generator).float() == 1.5).all())
     huge = torch.tensor([1e9, -1e9, 0.0, -0.0])
     wanted = [largest, -largest, 0.0, 0.0]
     assert round_stochastic(huge, dtype, generator).float().tolist() == wanted

@@ -63,6 +63,23 @@ def test_inputs_that_never_come_and_few_samples_are_no_fault():
     assert bool(nvfp4.dequantize(*found).isfinite().all())
 
 
+def test_columns_whose_inputs_were_zero_are_rounded_to_nearest():
+    weight, x = problem()
+    x[:, 20:40] = 0
+    decoded = nvfp4.dequantize(*gptq(weight, hessian(x), "max"))
+    plain = nvfp4.dequantize(*nvfp4.encode(weight))
+    unseen = (decoded - weight)[:, 20:40].square().mean()
+    assert float(unseen) < 1.2 * float((plain - weight)[:, 20:40].square().mean())
+
+
+def test_refuses_inputs_that_are_not_finite():
+    weight, x = problem()
+    curvature = hessian(x)
+    curvature[3, 3] = float("inf")
+    with pytest.raises(QuantizeError, match=r"layer\.up: its calibration inputs"):
+        gptq(weight, curvature, name="layer.up")
+
+
 def test_refuses_what_encoding_refuses():
     weight, x = problem()
     weight[3, 4] = float("nan")

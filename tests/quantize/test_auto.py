@@ -1,5 +1,6 @@
 """The search for formats under a budget."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -71,6 +72,17 @@ def test_search_meets_its_budget(model, samples):
     formats = auto.formats_of(choices)
     assert 4.8 < recipes.effective_bits(formats, model.config) <= 5.0
     assert "8.mixer.qkv_proj" in auto.render(choices)
+
+
+def test_a_width_that_blocks_do_not_divide_takes_fp8_or_nothing():
+    shape = dataclasses.replace(PRESETS["toy"], expert_intermediate_size=24)
+    odd = HybridModel(shape)
+    odd.init_weights(torch.Generator().manual_seed(0))
+    choices = auto.search(odd, [[1, 2, 3, 4]], recipes.read("nvfp4-all"), 9.0)
+    experts = [choice for choice in choices if choice.unit.role == "expert"]
+    assert experts and all(choice.format in ("fp8", None) for choice in experts)
+    assert any(choice.format == "w4a16_nvfp4" for choice in choices)
+    assert "experts" in auto.render(choices)
 
 
 def test_a_budget_that_cannot_be_met_is_refused(model, samples):

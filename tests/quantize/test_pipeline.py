@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aprium.base.errors import QuantizeError
+from aprium.base.errors import CheckpointError, QuantizeError
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint, read_plan
 from aprium.model.layout import Layout
@@ -56,14 +56,15 @@ def test_weights_hold_the_bytes_of_the_format_description(tmp_path, samples):
     assert checked > 90
 
 
-def test_fused_matrices_share_their_global_scale(tmp_path, samples):
-    recipe = recipes.read("nvfp4-all", {"formats.attention_qkv": "nvfp4"})
+@pytest.mark.parametrize(("fmt", "leaf"), [("nvfp4", "weight_scale_2"), ("fp8", "weight_scale")])
+def test_fused_matrices_share_their_global_scale(fmt, leaf, tmp_path, samples):
+    recipe = recipes.read("nvfp4-all", {"formats.attention_qkv": fmt})
     pipeline.quantize(PICO_DIR, tmp_path / "out", recipe, calibration=samples)
     model = load_checkpoint(tmp_path / "out").model
     for block in model.backbone.layers:
         if block.kind == "attention":
             parts = [getattr(block.mixer, n) for n in ("q_proj", "k_proj", "v_proj")]
-            assert len({float(p.weight_scale_2) for p in parts}) == 1
+            assert len({float(getattr(p, leaf)) for p in parts}) == 1
             assert len({float(p.input_scale) for p in parts}) == 1
 
 
@@ -196,6 +197,21 @@ def test_what_cannot_be_done_is_refused(toy, tmp_path, samples, numbers):
         pipeline.quantize(
             tmp_path / "out", tmp_path / "again", recipes.read("fp8"), calibration=numbers
         )
+
+
+def test_nothing_to_quantise_and_writing_over_the_source_are_refused(toy, tmp_path):
+    recipe = recipes.read("nvfp4-all")
+    with pytest.raises(QuantizeError, match="no matrix of this model gets a format"):
+        pipeline.quantize(toy, tmp_path / "out", recipe, formats={})
+    with pytest.raises(QuantizeError, match="is the source itself"):
+        pipeline.quantize(toy, toy / ".." / toy.name, recipe)
+    assert not load_checkpoint(toy).quant.formats
+
+
+def test_a_place_that_cannot_be_written_is_named(toy, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        pipeline.quantize(toy, tmp_path / "file" / "out", recipes.read("nvfp4-all"))
 
 
 def test_a_damaged_source_is_named(toy, tmp_path, numbers):

@@ -39,6 +39,10 @@ def test_lowers_the_divergence(scales, tmp_path, samples):
     assert moved > 20
     assert (same_scales >= moved) if scales == "frozen" else (same_scales < moved)
     assert not list(tmp_path.glob(".*.qad"))
+    for block in after.model.backbone.layers:
+        if block.kind == "attention":
+            parts = [getattr(block.mixer, n) for n in ("q_proj", "k_proj", "v_proj")]
+            assert len({float(p.weight_scale_2) for p in parts}) == 1
 
 
 def test_fake_quantisation_is_what_is_stored_and_passes_gradients():
