@@ -78,7 +78,7 @@ class Machine {
             pool.run(count, f);
         }
     }
-    Buffer normed, wide, mixed, narrow, latent, routed;
+    Buffer normed, wide, mixed, narrow, latent, routed, joined, ahead;
     std::array<Packed, 4> packed;
 
    private:

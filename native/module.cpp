@@ -180,6 +180,31 @@ struct Program {
     }
 };
 
+// A prediction head: joins hidden states and embeddings of next tokens, runs its layers, and normalises.
+struct Head {
+    Floats embedding_norm, hidden_norm, last_norm;
+    float eps;
+    Weight join;
+    const Program* layers;
+
+    // hidden, embedded, out [T, D].
+    void run(Machine& m, const float* hidden, const float* embedded, const Step& step, const State& state,
+             float* out) const {
+        int64_t tokens = step.num_tokens, dim = (int64_t)hidden_norm.size();
+        float *joined = m.joined.floats(tokens * 2 * dim), *x = m.ahead.floats(tokens * dim);
+        {
+            Clock clock(m);
+            m.each(tokens, 2 * dim, [&](int64_t t, int) {
+                m.kernels.rms_norm(embedded + t * dim, embedding_norm.data(), eps, dim, joined + t * 2 * dim);
+                m.kernels.rms_norm(hidden + t * dim, hidden_norm.data(), eps, dim, joined + t * 2 * dim + dim);
+            });
+            m.linear(join, joined, tokens, x, m.packed[0]);
+        }
+        layers->run(m, x, step, state);
+        m.norm(last_norm, eps, x, tokens, out);
+    }
+};
+
 }  // namespace
 }  // namespace aprium
 
@@ -320,5 +345,17 @@ NB_MODULE(_kernels, module) {
         .def("run",
              [](const Program& self, Machine& m, uintptr_t x, const Step& step, const State& state) {
                  self.run(m, at<float>(x), step, state);
+             }, Release());
+
+    nb::class_<Head>(module, "Head")
+        .def("__init__",
+             [](Head* self, View embedding_norm, View hidden_norm, View last_norm, float eps, const Weight& join,
+                const Program& layers) {
+                 new (self) Head{copy(embedding_norm), copy(hidden_norm), copy(last_norm), eps, join, &layers};
+             }, nb::keep_alive<1, 7>())
+        .def("run",
+             [](const Head& self, Machine& m, uintptr_t hidden, uintptr_t embedded, const Step& step,
+                const State& state, uintptr_t out) {
+                 self.run(m, at<float>(hidden), at<float>(embedded), step, state, at<float>(out));
              }, Release());
 }

@@ -149,8 +149,8 @@ class Runner:
         rows_now = last_rows[active]
         depth = 0
         while active:
-            drafted = self.model.logits(rows_now).argmax(-1)
-            for n, token in zip(active, drafted.tolist(), strict=True):
+            drafted = self._most_likely(self.model.logits(rows_now))
+            for n, token in zip(active, drafted, strict=True):
                 made[n].append(token)
             depth += 1
             keep = [j for j, n in enumerate(active) if some[n].draft > depth]
@@ -159,14 +159,19 @@ class Runner:
             active = [active[j] for j in keep]
             ends = [some[n].start + lengths[n] + depth - 1 for n in active]
             layout_now = self._head_layout([some[n] for n in active], [1] * len(active), ends)
-            rows_now = self.model.predict(
-                rows_now[keep], drafted[keep], layout_now, self.state, depth=depth
-            )
+            tokens_now = torch.tensor([drafted[j] for j in keep], device=self.device)
+            rows_now = rows_now if len(keep) == len(drafted) else rows_now[keep]
+            rows_now = self.model.predict(rows_now, tokens_now, layout_now, self.state, depth=depth)
             self.draft_passes += 1
         for n, i in enumerate(reading):
             drafts[i] = tuple(made[n])
         self.draft_s = time.perf_counter() - begun
         return drafts
+
+    def _most_likely(self, logits: Tensor) -> list[int]:
+        if self._pick is None:
+            return logits.argmax(-1).tolist()
+        return [token for token, _, _ in self._pick(logits)]
 
     def _head_layout(
         self, segments: list[Segment], lengths: list[int], starts: list[int]

@@ -467,13 +467,11 @@ class HybridModel(nn.Module):
         layers = list(self.mtp.layers)[head * size : (head + 1) * size]
         first, last = layers[0], layers[-1]
         assert isinstance(first, PredictionLayer) and isinstance(last, PredictionLayer)
-        embedded = first.enorm(self._embed(next_tokens))
-        joined = torch.cat((embedded, first.hnorm(hidden)), -1)
+        embedded = self._embed(next_tokens)
         native = self._native(state, routing)
         if native is not None and state is not None:
-            x = native.head(joined.float(), native.step(layout), state, head)
-            return last.final_layernorm(x)
-        x = first.eh_proj(joined)
+            return native.predict(hidden, embedded, native.step(layout), state, head)
+        x = first.eh_proj(torch.cat((first.enorm(embedded), first.hnorm(hidden)), -1))
         index = config.layers.count("attention")
         for block in layers:
             x = block(x, Context(layout, state, index, routing))

@@ -78,10 +78,8 @@ class NativeModel:
         head = model.mtp.layers if model.config.num_mtp_layers else ()
         size, first = len(model.config.mtp_layers), model.config.layers.count("attention")
         self._heads = [
-            self._program(list(head)[i : i + size], first) for i in range(0, len(head), size or 1)
+            self._head_of(list(head)[i : i + size], first) for i in range(0, len(head), size or 1)
         ]
-        self._joins = [self.weight(layer.eh_proj) for layer in list(head)[:: size or 1]]
-        self._width = model.config.hidden_size
 
     def _program(self, blocks: Iterable[Any], first_attention: int) -> Any:
         """Bind `blocks`; the first attention layer has that place in the state."""
@@ -98,11 +96,33 @@ class NativeModel:
         self._backbone.run(self.machine, x.data_ptr(), step, self._addresses(state))
         return x
 
-    def head(self, joined: Tensor, step: Any, state: HybridState, index: int) -> Tensor:
-        """Run prediction head `index` on its joined inputs [T, 2 D]; its last norm left out."""
-        x = self.product(self._joins[index], joined, self._width)
-        self._heads[index].run(self.machine, x.data_ptr(), step, self._addresses(state))
-        return x
+    def _head_of(self, layers: list[Any], first_attention: int) -> Any:
+        """Bind the layers of one prediction head."""
+        first, last = layers[0], layers[-1]
+        return _library().Head(
+            self._vector(first.enorm.weight),
+            self._vector(first.hnorm.weight),
+            self._vector(last.final_layernorm.weight),
+            self._eps,
+            self.weight(first.eh_proj),
+            self._program(layers, first_attention),
+        )
+
+    def predict(
+        self, hidden: Tensor, embedded: Tensor, step: Any, state: HybridState, index: int
+    ) -> Tensor:
+        """Run prediction head `index` on hidden states and next embeddings, float32 [T, D]."""
+        hidden, embedded = hidden.float().contiguous(), embedded.float().contiguous()
+        out = torch.empty_like(hidden)
+        self._heads[index].run(
+            self.machine,
+            hidden.data_ptr(),
+            embedded.data_ptr(),
+            step,
+            self._addresses(state),
+            out.data_ptr(),
+        )
+        return out
 
     def _addresses(self, state: HybridState) -> Any:
         known, found = self._state
