@@ -107,11 +107,15 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One sequence to generate: prompt token ids and how to continue them (`params.n` is 1)."""
+    """One sequence to generate: prompt token ids and how to continue them (`params.n` is 1).
+
+    Only requests with the same `cache_salt` share what was computed of their prompts.
+    """
 
     id: str
     tokens: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    cache_salt: str = ""
 
 
 # Alternatives at one position: token id -> natural-log probability, most probable first.
@@ -135,7 +139,8 @@ class Delta:
     `prompt_logprobs` comes once, with the first delta, when asked for: entry 0 is None, entry t is
     the log-probability of prompt token t given those before it. `finish` is None while running,
     then "stop", "length" or "abort". `stop_reason` is the stop token id or string that matched.
-    `drafted` and `accepted` count drafted tokens that were verified, of the request so far, and
+    `reused` prompt tokens were known already, and `why_not_more` says why no more (None without a
+    prefix cache); `drafted` and `accepted` count drafted tokens that were verified so far, and
     `timings` are those of the request so far.
     """
 
@@ -147,6 +152,8 @@ class Delta:
     prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
     finish: str | None = None
     stop_reason: int | str | None = None
+    reused: int = 0
+    why_not_more: str | None = None
     drafted: int = 0
     accepted: int = 0
     timings: Timings = field(default_factory=Timings)
@@ -159,8 +166,9 @@ class Completion:
     `tokens` includes the stop token where one ended the text; `text` leaves it and any stop string
     out. `logprobs[i]` is the natural-log probability of `tokens[i]` under the model's own
     distribution (before temperature and filters). `index` tells the n continuations of one prompt
-    apart. `finish` is "stop", "length" or "abort", None while streaming. `drafted` and `accepted`
-    count drafted tokens that were verified.
+    apart. `finish` is "stop", "length" or "abort", None while streaming. `reused` prompt tokens
+    came from the prefix cache, and `why_not_more` says why no more; `drafted` and `accepted` count
+    drafted tokens that were verified.
     """
 
     text: str
@@ -173,6 +181,8 @@ class Completion:
     prompt_logprobs: tuple[float | None, ...] | None = None
     prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
     stop_reason: int | str | None = None
+    reused: int = 0
+    why_not_more: str | None = None
     drafted: int = 0
     accepted: int = 0
     timings: Timings = field(default_factory=Timings)

@@ -51,7 +51,8 @@ class Assembler:
         self._prompt_logprobs: tuple[float | None, ...] | None = None
         self._prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
         self._stop_reason: int | str | None = None
-        self._drafted = self._accepted = 0
+        self._drafted = self._accepted = self._reused = 0
+        self._why_not_more: str | None = None
         self._timings = Timings()
 
     def push(self, delta: Delta) -> None:
@@ -60,6 +61,7 @@ class Assembler:
             return
         self._timings = delta.timings
         self._drafted, self._accepted = delta.drafted, delta.accepted
+        self._reused, self._why_not_more = delta.reused, delta.why_not_more
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
             self._prompt_top_logprobs = delta.prompt_top_logprobs
@@ -93,6 +95,8 @@ class Assembler:
             prompt_logprobs=self._prompt_logprobs,
             prompt_top_logprobs=self._prompt_top_logprobs,
             stop_reason=self._stop_reason,
+            reused=self._reused,
+            why_not_more=self._why_not_more,
             drafted=self._drafted,
             accepted=self._accepted,
             timings=self._timings,

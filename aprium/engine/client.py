@@ -176,16 +176,18 @@ class AsyncEngine:
         tokens: Sequence[int],
         params: SamplingParams | None = None,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[Completion]:
         """Continue `tokens` and yield the completion as it grows.
 
         Each one is whole so far; `index` tells the `n` continuations apart and the last of each
         has `finish` set. Closing the iterator (or cancelling the task in it) stops the generation.
         The call itself raises RequestError when the request cannot be served, EngineError when the
-        engine has failed or is closed. `request_id` only serves to recognise it in messages.
+        engine has failed or is closed. `request_id` only serves to recognise it in messages. What
+        was computed of a prompt is shared with requests of the same `cache_salt`.
         """
         jobs = _Jobs(self._owner, self.generation_config)
-        jobs.add(tuple(tokens), params, self.tokenizer, request_id)
+        jobs.add(tuple(tokens), params, self.tokenizer, request_id, cache_salt)
         return self._run(jobs)
 
     def stats(self) -> EngineStats:
@@ -246,6 +248,7 @@ class _Jobs:
         params: SamplingParams | None,
         tokenizer: Tokenizer | None,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> None:
         """Add the `params.n` continuations of a prompt.
 
@@ -265,7 +268,9 @@ class _Jobs:
         for index in range(params.n):
             seed = None if params.seed is None else derive_seed(params.seed, index)
             one = dataclasses.replace(params, n=1, seed=seed)
-            request = Request(id=f"{name}-{index}", tokens=tokens, params=one)
+            request = Request(
+                id=f"{name}-{index}", tokens=tokens, params=one, cache_salt=cache_salt
+            )
             if index == 0:
                 self._owner.check(request)
             self._requests.append(request)

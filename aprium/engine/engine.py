@@ -1,8 +1,7 @@
 """The engine: requests in, steps, deltas out; one model, one thread, token ids only.
 
 `step` is plan, run, book. Who calls it, and what becomes of the deltas, is `engine/client`'s
-business; text is not known here. Later abilities have their places: prefix reuse in `Cache.admit`,
-sessions beside the scheduler.
+business; text is not known here. Sessions will have their place beside the scheduler.
 """
 
 import random
@@ -19,6 +18,7 @@ from aprium.base.records import Delta, Request, Timings
 from aprium.checkpoint.load import LOAD_MODES, Checkpoint, load_checkpoint
 from aprium.engine.cache import Cache
 from aprium.engine.memory import plan_cache
+from aprium.engine.prefix import PrefixCache
 from aprium.engine.request import LiveSequence
 from aprium.engine.runner import Runner, SegmentResult
 from aprium.engine.scheduler import Outcome, Scheduler, StepPlan
@@ -29,6 +29,7 @@ from aprium.ops import _native
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CACHE_DTYPES = _DTYPES | {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
+_MESSAGE_ENDS = 3  # of a prompt at which states are kept
 _SSM_DTYPES = {
     "auto": torch.float32,
     "float32": torch.float32,
@@ -52,6 +53,8 @@ class EngineConfig:
     `mamba_ssm_cache_dtype` keeps recurrent states in fewer bits between steps, rounded to either
     neighbour by chance with `mamba_cache_stochastic_rounding`, else to the nearest; results then
     depend on how prompts are cut into steps.
+    `enable_prefix_caching` keeps up to `num_snapshots` states of prompts, at ends of messages and
+    of prompts, and goes on from the longest that a new prompt begins with, with the same bits.
     `speculative` drafts tokens and verifies them, which changes speed and nothing else.
     `load` "memory" reads weights, "mmap" maps their files; "auto" reads what fits.
     """
@@ -68,6 +71,8 @@ class EngineConfig:
     block_size: int = 64
     kv_cache_bytes: int | None = None
     speculative: SpeculativeConfig | None = None
+    enable_prefix_caching: bool = False
+    num_snapshots: int = 32
     load_format: Literal["auto", "dummy"] = "auto"
     load: Literal["auto", "memory", "mmap"] = "auto"
     seed: int | None = None
@@ -75,7 +80,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Check ranges; raise ConfigError naming the field."""
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in (
+            *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+            "num_snapshots",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
@@ -128,6 +136,7 @@ class EngineStats:
     num_aborted: int
     num_preemptions: int
     ring_bytes: int
+    prefix_tokens_reused: int
     drafts_compared: tuple[int, ...]
     drafts_accepted: tuple[int, ...]
 
@@ -168,6 +177,7 @@ class Engine:
             ssm_dtype=ssm_dtype,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
+            num_snapshots=config.num_snapshots if config.enable_prefix_caching else 0,
             page_size=config.block_size,
             kv_cache_bytes=config.kv_cache_bytes,
             free_bytes=available_bytes(),
@@ -203,6 +213,9 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             chunked_prefill=config.enable_chunked_prefill,
             reads_ahead=speculative is not None and speculative.kind == "mtp",
+            prefixes=(
+                PrefixCache(cache, config.num_snapshots) if config.enable_prefix_caching else None
+            ),
         )
         self._random = random.Random(config.seed)
         self._num_steps = self._prompt_tokens = self._generated_tokens = 0
@@ -253,10 +266,24 @@ class Engine:
                 max_tokens=self.max_model_len - len(request.tokens) if limit is None else limit,
                 seed=seed,
                 stop_ids=eos.union(params.stop_token_ids),
+                salt=request.cache_salt,
+                snapshot_points=self._snapshot_points(request.tokens),
                 arrived_s=time.perf_counter(),
             )
         )
         self._prompt_tokens += len(request.tokens)
+
+    def _snapshot_points(self, tokens: tuple[int, ...]) -> frozenset[int]:
+        """Return where states of this prompt are worth keeping: the last messages' ends, its end.
+
+        One token before its end, so that the same prompt again finds a state to go on from.
+        """
+        if not self.config.enable_prefix_caching:
+            return frozenset()
+        ends = [i + 1 for i, token in enumerate(tokens) if token in self.eos_token_ids]
+        return frozenset(
+            p for p in (*ends[-_MESSAGE_ENDS:], len(tokens) - 1) if 0 < p < len(tokens)
+        )
 
     def abort(self, request_id: str) -> Delta | None:
         """Drop a request; returns its last delta, or None when it is unknown or has finished."""
@@ -309,6 +336,7 @@ class Engine:
             num_finished=self._num_finished,
             num_aborted=self._num_aborted,
             num_preemptions=scheduler.num_preemptions,
+            prefix_tokens_reused=scheduler.prefixes.num_reused if scheduler.prefixes else 0,
             ring_bytes=sum(t.numel() * t.element_size() for t in self.runner.state.ring),
             drafts_compared=tuple(self._length.tried) if self._length else (),
             drafts_accepted=tuple(self._length.kept) if self._length else (),
@@ -389,6 +417,8 @@ class Engine:
             prompt_top_logprobs=top,
             finish=sequence.finish,
             stop_reason=choices[-1].token if choices and sequence.finish == "stop" else None,
+            reused=sequence.reused,
+            why_not_more=sequence.why_not_more,
             drafted=sequence.num_drafted,
             accepted=sequence.num_accepted,
             timings=_timings(sequence),

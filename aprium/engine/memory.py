@@ -62,6 +62,7 @@ def plan_cache(
     ssm_dtype: torch.dtype,
     max_model_len: int | None,
     max_num_seqs: int,
+    num_snapshots: int = 0,
     page_size: int,
     kv_cache_bytes: int | None,
     free_bytes: int,
@@ -83,7 +84,8 @@ def plan_cache(
             config.max_position_embeddings,
         )
     one = -(-longest // page_size)
-    spare = free_bytes // 2 - max_num_seqs * working  # a step widens the slots that it runs
+    kept = num_snapshots * per_slot
+    spare = free_bytes // 2 - kept - max_num_seqs * working  # a step widens the slots that it runs
     if kv_cache_bytes is not None:
         num_pages = kv_cache_bytes // per_page
     else:
@@ -93,7 +95,9 @@ def plan_cache(
     if num_pages < one:
         held = num_pages * page_size
         if max_model_len is not None or not num_pages:
-            _refuse(longest, one * per_page, kv_cache_bytes, max_num_seqs * working, free_bytes)
+            _refuse(
+                longest, one * per_page, kv_cache_bytes, max_num_seqs * working + kept, free_bytes
+            )
         get_logger("engine").warning(
             "memory holds sequences of %d tokens; the model could take %d", held, longest
         )
@@ -102,7 +106,7 @@ def plan_cache(
         max_model_len=longest,
         num_pages=num_pages,
         page_size=page_size,
-        num_slots=max_num_seqs,
+        num_slots=max_num_seqs + num_snapshots,
         page_bytes=per_page,
         slot_bytes=per_slot,
     )

@@ -22,6 +22,8 @@ class LiveSequence:
     prompt positions whose log-probabilities are in `prompt_logprobs`. `drafts` may follow `tokens`;
     `num_drafted` and `num_accepted` count drafts verified, `num_compared` those that a choice was
     compared with. The prediction head has read positions from `head_start` on, if that is set.
+    At `snapshot_points` (numbers of tokens) a step ends and the state is kept for others with the
+    same `salt`; `reused` tokens were taken from such a state, and `why_not_more` says why no more.
     Times are in seconds of the engine's clock, None until the moment has come.
     """
 
@@ -45,6 +47,10 @@ class LiveSequence:
     num_accepted: int = 0
     num_compared: int = 0
     head_start: int | None = None
+    salt: str = ""
+    snapshot_points: frozenset[int] = frozenset()
+    reused: int = 0
+    why_not_more: str | None = None
     prompt_logprobs: list[float | None] = field(default_factory=list)
     prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
     arrived_s: float = 0.0
@@ -65,6 +71,14 @@ class LiveSequence:
     def num_pending(self) -> int:
         """Tokens known that are not in the state yet: 1 while decoding."""
         return len(self.tokens) - self.num_computed
+
+    def next_count(self, budget: int) -> int:
+        """Return how many pending tokens a step of `budget` takes: up to a snapshot point."""
+        count = min(self.num_pending, budget)
+        if not self.snapshot_points:
+            return count
+        ends = (p - self.num_computed for p in self.snapshot_points if p > self.num_computed)
+        return min(count, min(ends, default=count))
 
     @property
     def room(self) -> int:

@@ -50,6 +50,7 @@ class Runner:
 
         Raises EngineError when the model gives a number that is not one.
         """
+        self.state.copy(plan.slot_copies, plan.page_copies)
         segments = plan.segments
         lengths = [len(s.tokens) for s in segments]
         layout = Layout.build(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from aprium.base.records import SamplingParams
 from aprium.engine.cache import Cache
+from aprium.engine.prefix import SCORED, PrefixCache
 from aprium.engine.request import LiveSequence
 
 
@@ -58,9 +59,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step of the engine: what the runner does is a function of this and the state."""
+    """One step of the engine: what the runner does is a function of this and the state.
+
+    `slot_copies` and `page_copies` (from, to) are made first, in order.
+    """
 
     segments: tuple[Segment, ...]
+    slot_copies: tuple[tuple[int, int], ...] = ()
+    page_copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -79,6 +85,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         chunked_prefill: bool = True,
         reads_ahead: bool = False,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         assert max_num_seqs >= 1 and max_num_batched_tokens >= 1
         self.cache = cache
@@ -86,6 +93,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
         self.reads_ahead = reads_ahead  # a prediction head drafts
+        self.prefixes = prefixes
         self.waiting: deque[LiveSequence] = deque()
         self.running: list[LiveSequence] = []
         self.sequences: dict[str, LiveSequence] = {}
@@ -132,7 +140,7 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget:
             sequence = self.running[index]
-            count = min(sequence.num_pending, budget)
+            count = sequence.next_count(budget)
             if not self._find_pages(sequence, sequence.num_computed + count):
                 break
             drafts = self._usable_drafts(sequence, min(budget - count, sequence.room - 1))
@@ -142,7 +150,10 @@ class Scheduler:
         # Admitting right after a preemption would let the newcomer take what the elder lost.
         if self.num_preemptions == preempted:
             self._admit(segments, budget, num_drafts)
-        return StepPlan(tuple(segments))
+        copies = self.prefixes.drain_copies() if self.prefixes else None
+        if copies is None:
+            return StepPlan(tuple(segments))
+        return StepPlan(tuple(segments), tuple(copies.slots), tuple(copies.pages))
 
     def update(self, plan: StepPlan, outcomes: Sequence[Outcome]) -> list[LiveSequence]:
         """Book a finished step, one outcome a segment.
@@ -166,6 +177,7 @@ class Scheduler:
             sequence.drafts = outcome.drafts
             sequence.num_drafted += segment.num_drafts
             sequence.num_accepted += accepted
+            self._snapshot(sequence, segment)
             sequence.num_compared += min(accepted + 1, segment.num_drafts)
             if segment.sample:
                 assert outcome.tokens
@@ -185,7 +197,10 @@ class Scheduler:
     def check(self) -> None:
         """Assert the invariants of the module and of the cache."""
         self.cache.check()
-        assert self.cache.slots.owners == {s.id for s in self.running}
+        kept = {owner for owner in self.cache.slots.owners if owner.startswith("prefix ")}
+        assert self.cache.slots.owners - kept == {s.id for s in self.running}
+        if self.prefixes is not None:
+            self.prefixes.check()
         queued = [*self.running, *self.waiting]
         order = {key: n for n, key in enumerate(self.sequences)}
         assert [order[s.id] for s in queued] == sorted(order[s.id] for s in queued)
@@ -200,6 +215,8 @@ class Scheduler:
     def _find_pages(self, sequence: LiveSequence, num_tokens: int) -> bool:
         """Make room for `num_tokens`, if need be by preempting; False if `sequence` itself fell."""
         while (pages := self.cache.grow(sequence.id, num_tokens)) is None:
+            if self.prefixes is not None and self.prefixes.evict():
+                continue
             victim = self.running.pop()
             self._release(victim, "waiting")
             victim.num_computed = victim.num_late = 0
@@ -269,15 +286,53 @@ class Scheduler:
             sequence = self.waiting[0]
             if not self.chunked_prefill and sequence.num_tokens > budget:
                 return
-            granted = self.cache.admit(sequence.id, sequence.num_tokens)
-            if granted is None:
+            if not self._enter(sequence):
                 return
-            sequence.slot, sequence.pages = granted
             sequence.status = "running"
             self.running.append(self.waiting.popleft())
-            count = min(sequence.num_tokens, budget)
+            count = sequence.next_count(budget)
             segments.append(self._segment(sequence, count, (), num_drafts))
             budget -= count
+
+    def _enter(self, sequence: LiveSequence) -> bool:
+        """Give `sequence` slot, pages and what is known of its beginning; False if too few."""
+        prefixes = self.prefixes
+        if prefixes is None:
+            granted = self.cache.admit(sequence.id, sequence.num_tokens)
+            if granted is not None:
+                sequence.slot, sequence.pages = granted
+            return granted is not None
+        scored = sequence.params.prompt_logprobs is not None
+        match = prefixes.find(sequence.tokens, sequence.salt)
+        node = None if scored else match.node
+        while True:
+            shared = node.pages[: node.length // self.cache.page_size] if node else ()
+            granted = self.cache.admit(sequence.id, sequence.num_tokens, shared)
+            if granted is not None:
+                break
+            if not prefixes.evict(keep=node):
+                if node is None or self.running:
+                    return False
+                node = None  # alone and still too big: its own prefix has to go
+        sequence.slot, sequence.pages = granted
+        if sequence.why_not_more is None:  # not after a preemption
+            sequence.reused = node.length if node else 0
+            sequence.why_not_more = SCORED if scored else match.why
+        if node is not None:
+            prefixes.use(node, sequence.slot, sequence.pages)
+            sequence.num_computed = node.length
+            sequence.head_start = 0 if node.reads_ahead else None
+        return True
+
+    def _snapshot(self, sequence: LiveSequence, segment: Segment) -> None:
+        """Keep the state that the step just booked ended with, where that is wanted."""
+        done = sequence.num_computed
+        if self.prefixes is None or sequence.num_late or done not in sequence.snapshot_points:
+            return
+        assert sequence.slot is not None
+        ahead = segment.head_start == 0
+        tokens = sequence.tokens[:done]
+        self.prefixes.take(tokens, sequence.salt, sequence.slot, sequence.pages, ahead)
 
     def _drop(self, sequence: LiveSequence) -> None:
         self._release(sequence, "finished")

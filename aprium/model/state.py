@@ -12,7 +12,7 @@ whatever the number of drafts.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -102,6 +102,16 @@ class HybridState:
     def is_narrow(self) -> bool:
         """Whether SSM states are kept in fewer bits than they are computed in."""
         return bool(self.ssm) and self.ssm[0].dtype != torch.float32
+
+    def copy(self, slots: Sequence[tuple[int, int]], pages: Sequence[tuple[int, int]]) -> None:
+        """Copy slots, and KV pages, (from, to), one after another."""
+        for group, pairs in (
+            ((*self.conv, *self.ssm, *self.ssm_scales), slots),
+            ((*self.keys, *self.values), pages),
+        ):
+            for source, target in pairs:
+                for buffer in group:
+                    buffer[target].copy_(buffer[source])
 
     @contextmanager
     def widened(self, layout: Layout) -> Iterator[tuple["HybridState", Layout]]:

@@ -125,7 +125,7 @@ class _Routes:
             force_content=switches.get("enable_thinking") is False
             or bool(switches.get("force_nonempty_content")),
         )
-        return await self._respond(request, reply, [tokens], params, body.stream)
+        return await self._respond(request, reply, [tokens], params, body)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Continue plain prompts."""
@@ -140,7 +140,7 @@ class _Routes:
             model=body.model or self._config.names[0],
             texts=texts,
         )
-        return await self._respond(request, reply, prompts, params, body.stream)
+        return await self._respond(request, reply, prompts, params, body)
 
     async def models(self) -> Response:
         """List the names the model answers to."""
@@ -245,12 +245,12 @@ class _Routes:
         reply: Reply,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        stream: bool,
+        body: ChatRequest | CompletionRequest,
     ) -> Response:
         """Generate and reply; raises before anything is sent when a prompt cannot be served."""
-        sources = [self._engine.generate(p, params, reply.id) for p in prompts]
+        sources = [self._engine.generate(p, params, reply.id, body.cache_salt) for p in prompts]
         completions = _merge(sources, params.n)
-        if stream:
+        if body.stream:
             return _EventStream(_events(reply, completions), media_type="text/event-stream")
         try:
             finished = await _until_gone(_collect(completions), request.receive)

@@ -125,6 +125,12 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="pipeline-parallel-size", accepts=("1",), remedy=_ONE_PROCESS, takes=False),
     Flag(name="data-parallel-size", accepts=("1",), remedy=_ONE_PROCESS, takes=False),
     Flag(
+        name="enable-prefix-caching",
+        kind="switch",
+        default=False,
+        help="Go on from states kept of earlier prompts that begin alike.",
+    ),
+    Flag(
         name="speculative-config",
         kind="json",
         help='Draft tokens: {"method": "mtp", "num_speculative_tokens": 5}, or "ngram".',
@@ -153,7 +159,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         name="mamba-cache-mode",
         accepts=("none",),
-        remedy="prefixes are not reused yet, leave the flag out",
+        remedy="states are kept at ends of messages with --enable-prefix-caching, leave it out",
         takes=False,
     ),
     Flag(
@@ -187,14 +193,13 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="disable-log-stats", kind="switch", takes=False),
 )
 
-_PREFIX = "prefixes are not reused yet, leave the flag out"
+_PREFIX = "states are kept at ends of messages, not on a grid; leave the flag out"
 _ROUNDING = "the generator of stochastic rounding is PyTorch's own, leave the flag out"
 _ADAPTERS = "adapters are not supported, merge them into the checkpoint first"
 _QUEUE = "the queue has no bound yet, put the limit into the proxy in front"
 
 # Flag -> what to do instead. The --no- form of each is accepted, since it asks for nothing.
 REFUSED: dict[str, str] = {
-    "enable-prefix-caching": _PREFIX,
     "mamba-block-size": _PREFIX,
     "prefix-match-unit": _PREFIX,
     "enable-mamba-fine-grained-prefix-cache": _PREFIX,

@@ -31,6 +31,7 @@ _ENGINE_FIELDS = {
     "kv-cache-dtype": "kv_cache_dtype",
     "mamba-ssm-cache-dtype": "mamba_ssm_cache_dtype",
     "enable-mamba-cache-stochastic-rounding": "mamba_cache_stochastic_rounding",
+    "enable-prefix-caching": "enable_prefix_caching",
     "speculative-config": "speculative",
     "load": "load",
     "max-model-len": "max_model_len",

@@ -76,10 +76,13 @@ class _Base:
     def _usage(self) -> dict[str, Any]:
         prompt = sum(map(len, self._prompts))
         generated = sum(len(c.tokens) for c in self._latest.values())
+        n = len(self._latest) // len(self._prompts) or 1
+        reused = sum(c.reused for c in self._latest.values() if c.index % n == 0)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": reused},
         }
 
     def _new_tokens(self, completion: Completion) -> int:

@@ -104,6 +104,7 @@ class _Generation(_Body):
 
     stream: bool = False
     stream_options: StreamOptions | None = None
+    cache_salt: StrictStr = ""
     n: StrictInt | None = None
     temperature: float | None = None
     top_p: float | None = None

@@ -42,7 +42,11 @@ class FakeEngine:
         self.closed = False
 
     def generate(
-        self, tokens: Sequence[int], params: SamplingParams, request_id: str | None = None
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[Completion]:
         if len(tokens) >= self.max_model_len:
             raise RequestError("the prompt is too long", param="prompt")

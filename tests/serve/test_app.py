@@ -63,6 +63,7 @@ def test_chat_whole(client: TestClient, engine: FakeEngine) -> None:
         "prompt_tokens": len(tokens),
         "completion_tokens": used,
         "total_tokens": len(tokens) + used,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
