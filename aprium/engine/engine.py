@@ -17,7 +17,7 @@ from aprium.base.memory import available_bytes
 from aprium.base.records import Delta, Request, Timings
 from aprium.checkpoint.load import LOAD_MODES, Checkpoint, load_checkpoint
 from aprium.engine.cache import Cache
-from aprium.engine.memory import plan_cache
+from aprium.engine.memory import CachePlan, plan_cache
 from aprium.engine.prefix import PrefixCache
 from aprium.engine.request import LiveSequence
 from aprium.engine.runner import Runner, SegmentResult
@@ -200,23 +200,9 @@ class Engine:
             stochastic=config.mamba_cache_stochastic_rounding,
             device=device,
         )
-        cache = Cache(
-            num_pages=self.plan.num_pages,
-            page_size=self.plan.page_size,
-            num_slots=self.plan.num_slots,
-        )
         bind(model, config.activation_dtype)
         self.runner = Runner(model, state)
-        self.scheduler = Scheduler(
-            cache,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            chunked_prefill=config.enable_chunked_prefill,
-            reads_ahead=speculative is not None and speculative.kind == "mtp",
-            prefixes=(
-                PrefixCache(cache, config.num_snapshots) if config.enable_prefix_caching else None
-            ),
-        )
+        self.scheduler = _make_scheduler(config, self.plan)
         self._random = random.Random(config.seed)
         self._num_steps = self._prompt_tokens = self._generated_tokens = 0
         self._num_finished = self._num_aborted = 0
@@ -423,6 +409,21 @@ class Engine:
             accepted=sequence.num_accepted,
             timings=_timings(sequence),
         )
+
+
+def _make_scheduler(config: EngineConfig, plan: CachePlan) -> Scheduler:
+    """Make the scheduler and the books of its pages and slots."""
+    cache = Cache(num_pages=plan.num_pages, page_size=plan.page_size, num_slots=plan.num_slots)
+    speculative = config.speculative
+    prefixes = PrefixCache(cache, config.num_snapshots) if config.enable_prefix_caching else None
+    return Scheduler(
+        cache,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        chunked_prefill=config.enable_chunked_prefill,
+        reads_ahead=speculative is not None and speculative.kind == "mtp",
+        prefixes=prefixes,
+    )
 
 
 def load(config: EngineConfig) -> Checkpoint:

@@ -150,9 +150,9 @@ class Scheduler:
         # Admitting right after a preemption would let the newcomer take what the elder lost.
         if self.num_preemptions == preempted:
             self._admit(segments, budget, num_drafts)
-        copies = self.prefixes.drain_copies() if self.prefixes else None
-        if copies is None:
+        if self.prefixes is None or not segments:  # copies wait for a step that is run
             return StepPlan(tuple(segments))
+        copies = self.prefixes.drain_copies()
         return StepPlan(tuple(segments), tuple(copies.slots), tuple(copies.pages))
 
     def update(self, plan: StepPlan, outcomes: Sequence[Outcome]) -> list[LiveSequence]:

@@ -103,6 +103,18 @@ def test_the_same_prompt_again_computes_one_token(pico, conversation):
     assert last.why_not_more == prefix.LAST_TOKEN
 
 
+def test_copies_wait_for_a_step_that_is_run(pico, conversation):
+    tokens, said, logprobs = conversation[2]
+    engine = engine_of(pico, max_num_batched_tokens=512)
+    engine.add(Request(id="a", tokens=tokens, params=GREEDY))
+    while engine.scheduler.sequences["a"].num_computed < len(tokens) - 1:
+        engine.step()
+    engine.abort("a")
+    assert engine.step() == []
+    found, scores, last = deltas_of(engine, Request(id="b", tokens=tokens, params=GREEDY))
+    assert (found, scores) == (said, logprobs) and last.reused == len(tokens) - 1
+
+
 def test_salts_keep_tenants_apart(pico, conversation):
     tokens = conversation[1][0]
     engine = engine_of(pico)
@@ -137,7 +149,7 @@ def test_evicted_snapshots_are_told(pico, conversation):
     assert (last.reused, last.why_not_more) == (0, prefix.EVICTED)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_any_mix_gives_the_bits_of_the_plain_engine(pico, data):
     """Prompts that share beginnings, few pages, few snapshots, aborts, preemption, drafts."""
