@@ -35,7 +35,7 @@ from aprium.checkpoint.safetensors import (
     Arena,
     Entry,
     FileReader,
-    MappedFile,
+    MappedFiles,
     StoredTensor,
     read_directory,
 )
@@ -316,12 +316,12 @@ def attach(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> None:
 
     Raises CheckpointError as `fill` does.
     """
-    files = {file: MappedFile(file) for file in dict.fromkeys(t.file for t in tensors.values())}
+    files = MappedFiles()
     parameters = dict(model.named_parameters())
     for name, parts in _place(model, tensors).items():
         views = []
         for part in parts:
-            view = files[part.tensor.file].tensor(part.tensor)
+            view = files.tensor(part.tensor)
             if part.tensor.dtype != "F8_E4M3":  # reading all block scales would page them in
                 _check_scale(part.tensor, view)
             views.append(view)

@@ -228,6 +228,19 @@ class MappedFile:
         return raw.view(dtype).view(stored.shape)
 
 
+class MappedFiles:
+    """Several files, each mapped when a tensor of it is first asked for."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, MappedFile] = {}
+
+    def tensor(self, stored: StoredTensor) -> Tensor:
+        """Return the values of `stored`, as `MappedFile.tensor` does."""
+        if stored.file not in self._files:
+            self._files[stored.file] = MappedFile(stored.file)
+        return self._files[stored.file].tensor(stored)
+
+
 class Arena:
     """Anonymous memory for many tensors in one piece, in huge pages where the system allows.
 

@@ -26,6 +26,7 @@ from aprium.checkpoint.safetensors import (
     Entry,
     write_directory,
 )
+from aprium.model.config import ModelConfig, QuantConfig, read_hf_config
 from aprium.model.model import HybridModel
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -74,7 +75,7 @@ def save_checkpoint(
 
 def _write_checkpoint(source: Checkpoint, directory: Path, max_shard_bytes: int) -> None:
     if source.path is not None:
-        copy_texts(source.path, directory)
+        _copy_texts(source.path, directory)
     if source.entries:
         _write_tensors(source.model, source.naming, source.entries, directory, max_shard_bytes)
     else:  # random weights: no file says how they were stored
@@ -90,8 +91,8 @@ def _write_model(
         quantisation, embedded = to_hf(model.quant, model.config)
         config["quantization_config"] = embedded
         if quantisation is not None:
-            write_json(directory / QUANT_FILE, quantisation)
-    write_json(directory / "config.json", config)
+            _write_json(directory / QUANT_FILE, quantisation)
+    _write_json(directory / "config.json", config)
     _write_tensors(model, Naming(), _entries(model, dtype), directory, max_shard_bytes)
 
 
@@ -126,13 +127,24 @@ def _write_tensors(
     write_directory(directory, entries, fetch, max_shard_bytes)
 
 
-def write_json(file: Path, data: dict[str, Any]) -> None:
-    """Write `data` as every JSON file of a checkpoint is written."""
+def write_texts(source: Path, directory: Path, quant: QuantConfig, config: ModelConfig) -> None:
+    """Copy the texts of checkpoint `source`, with `quant` declared in place of its own formats."""
+    _copy_texts(source, directory)
+    (directory / QUANT_FILE).unlink(missing_ok=True)
+    data = read_hf_config(source)
+    data.pop("quantization_config", None)
+    if quant.formats:
+        first, data["quantization_config"] = to_hf(quant, config)
+        if first is not None:
+            _write_json(directory / QUANT_FILE, first)
+    _write_json(directory / "config.json", data)
+
+
+def _write_json(file: Path, data: dict[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_texts(source: Path, directory: Path) -> None:
-    """Copy a checkpoint's configuration, tokenizer and template files; no weights, no index."""
+def _copy_texts(source: Path, directory: Path) -> None:
     for file in source.iterdir():
         if file.suffix in _COPIED_SUFFIXES and file.name != INDEX_NAME and file.is_file():
             shutil.copyfile(file, directory / file.name)

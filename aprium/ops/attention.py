@@ -43,15 +43,12 @@ def write_pages(
     `pages` [num_pages, Q, K, P] is mutated; `page_ids` int64 are the sequence's pages in order.
     Pages of float8_e4m3fn hold values divided by `scale`, saturated.
     """
-    if pages.dtype == torch.float8_e4m3fn:
-        new = fp8.to_fp8(new.float() / scale)
-
+    if pages.dtype == torch.float8_e4m3fn:  # torch cannot index these: as bytes
+        new = fp8.to_fp8(new.float() / scale).view(torch.uint8)
+        pages = pages.view(torch.uint8)
     page_size = pages.shape[1]
     position = torch.arange(first, first + new.shape[0], device=new.device)
-    new, raw = new.to(pages.dtype), pages
-    if pages.dtype == torch.float8_e4m3fn:  # torch cannot index these
-        new, raw = new.view(torch.uint8), pages.view(torch.uint8)
-    raw[page_ids[position // page_size], position % page_size] = new
+    pages[page_ids[position // page_size], position % page_size] = new.to(pages.dtype)
 
 
 def paged(

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.optimize
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from aprium.base.errors import QuantizeError
@@ -23,6 +21,7 @@ from aprium.model.linear import Matrix
 from aprium.model.model import Block, HybridModel
 from aprium.ops import fp8, nvfp4
 from aprium.ops.logprob import kl_divergence
+from aprium.quantize.progress import progress
 from aprium.quantize.recipes import BITS, Recipe, role_of
 from aprium.quantize.streams import Stream
 
@@ -127,7 +126,7 @@ def measure(
     head = model.head_weight
     final = model.backbone.norm_f(stream.hidden)
     table = []
-    with _progress() as bar:
+    with progress() as bar:
         for unit in bar.track(found, description="measuring"):
             row = {}
             for fmt in options if unit.blocks else ("fp8",):
@@ -210,13 +209,3 @@ def render(choices: Sequence[Choice]) -> str:
         name = choice.unit.name.removeprefix("backbone.layers.")
         lines.append(f"{name:44}{choice.unit.weights:>12,}{row}  {choice.format or 'bf16'}")
     return "\n".join(lines)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

@@ -17,10 +17,9 @@ from torch import Tensor
 from aprium.base.errors import CheckpointError, QuantizeError
 from aprium.checkpoint.load import Plan, read_plan
 from aprium.checkpoint.names import NVFP4_FORMATS, tensor_table
-from aprium.checkpoint.quant_config import QUANT_FILE, to_hf
-from aprium.checkpoint.safetensors import DTYPE_NAMES, Entry, MappedFile, write_directory
-from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, copy_texts, move_directory, write_json
-from aprium.model.config import NVFP4_TENSORS, QuantConfig, read_hf_config
+from aprium.checkpoint.safetensors import DTYPE_NAMES, Entry, MappedFiles, write_directory
+from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, move_directory, write_texts
+from aprium.model.config import NVFP4_TENSORS, QuantConfig
 from aprium.ops import fp8, nvfp4
 
 Layout = Literal["modelopt", "compressed-tensors", "bf16"]
@@ -59,15 +58,7 @@ def _write(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         complete = Path(name) / "complete"
         complete.mkdir()
-        copy_texts(plan.path, complete)
-        (complete / QUANT_FILE).unlink(missing_ok=True)
-        config = read_hf_config(plan.path)
-        config.pop("quantization_config", None)
-        if quant.formats:
-            first, config["quantization_config"] = to_hf(quant, plan.config)
-            if first is not None:
-                write_json(complete / QUANT_FILE, first)
-        write_json(complete / "config.json", config)
+        write_texts(plan.path, complete, quant, plan.config)
         write_directory(complete, entries, tensors.fetch, DEFAULT_SHARD_BYTES)
         move_directory(complete, target)
 
@@ -77,7 +68,7 @@ class _Tensors:
 
     def __init__(self, plan: Plan, to: Layout) -> None:
         self._plan, self._to = plan, to
-        self._files: dict[Path, MappedFile] = {}
+        self._files = MappedFiles()
         self._made = {} if to == "bf16" else self._renamed()
 
     def _renamed(self) -> dict[str, str]:
@@ -130,7 +121,4 @@ class _Tensors:
         )
 
     def _read(self, name: str) -> Tensor:
-        stored = self._plan.tensors[name]
-        if stored.file not in self._files:
-            self._files[stored.file] = MappedFile(stored.file)
-        return self._files[stored.file].tensor(stored)
+        return self._files.tensor(self._plan.tensors[name])

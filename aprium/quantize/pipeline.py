@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from aprium.base.config import to_dict
@@ -26,20 +24,20 @@ from aprium.base.errors import CheckpointError, QuantizeError
 from aprium.base.log import get_logger
 from aprium.checkpoint.load import Plan, fill, read_plan
 from aprium.checkpoint.names import parameter_of, tensor_table
-from aprium.checkpoint.quant_config import QUANT_FILE, to_hf
 from aprium.checkpoint.safetensors import (
     DTYPE_NAMES,
     Entry,
     MappedFile,
+    MappedFiles,
     StoredTensor,
     read_header,
     write_directory,
     write_file,
 )
-from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, copy_texts, move_directory, write_json
-from aprium.model.config import read_hf_config
+from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, move_directory, write_texts
 from aprium.model.model import Block, HybridModel
 from aprium.quantize.encode import Encoder, MatrixReport
+from aprium.quantize.progress import progress
 from aprium.quantize.recipes import Recipe, effective_bits, formats_of, quant_of
 from aprium.quantize.streams import Inputs, Stream, compare, normalise
 
@@ -80,14 +78,7 @@ def quantize(
     needs calibration and there is none, or when `source` is quantised already; CheckpointError
     for files that cannot be read or written.
     """
-    plan = read_plan(source)
-    if plan.quant.formats:
-        raise QuantizeError(
-            f"{source} is quantised already: make a BF16 checkpoint of it first, with "
-            "`aprium convert --to bf16`"
-        )
-    if source.resolve() == target.resolve():
-        raise QuantizeError(f"{target} is the source itself: name another directory to write")
+    plan = read_source(source, target)
     chosen = formats_of(recipe, plan.config) if formats is None else formats
     if not chosen:
         raise QuantizeError(
@@ -101,6 +92,19 @@ def quantize(
         return work.run([list(s) for s in heldout if len(s) > 1])
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def read_source(source: Path, target: Path) -> Plan:
+    """Read the headers of `source`; refuse one that is quantised or is `target` itself."""
+    plan = read_plan(source)
+    if plan.quant.formats:
+        raise QuantizeError(
+            f"{source} is quantised already: make a BF16 checkpoint of it first, with "
+            "`aprium convert --to bf16`"
+        )
+    if source.resolve() == target.resolve():
+        raise QuantizeError(f"{target} is the source itself: name another directory to write")
+    return plan
 
 
 class _Work:
@@ -121,7 +125,7 @@ class _Work:
         self.parts = target.parent / f".{target.name}.parts"
         with torch.device("meta"):
             self.model = HybridModel(plan.config)
-        self.files: dict[Path, MappedFile] = {}
+        self.files = MappedFiles()
 
     def run(self, heldout: list[list[int]]) -> Result:
         self.target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,8 +133,8 @@ class _Work:
         state = self._resume(heldout)
         count = len(self.plan.config.layers)
         begun, spent = time.monotonic(), state.seconds
-        with _progress() as bar:
-            task = bar.add_task("layers", total=count, completed=state.done)
+        with progress() as bar:
+            task = bar.add_task("quantising", total=count, completed=state.done)
             for index in range(state.done, count):
                 self._layer(index, state)
                 state.done = index + 1
@@ -215,14 +219,9 @@ class _Work:
         """Return a tensor of the source, which may hold a layer's experts as one."""
         stored = self.plan.tensors.get(name)
         if stored is not None:
-            return self._mapped(stored)
+            return self.files.tensor(stored)
         parameter, expert = parameter_of(name)
-        return self._mapped(self.plan.tensors[parameter.removesuffix(".weight")])[expert]
-
-    def _mapped(self, stored: StoredTensor) -> Tensor:
-        if stored.file not in self.files:
-            self.files[stored.file] = MappedFile(stored.file)
-        return self.files[stored.file].tensor(stored)
+        return self.files.tensor(self.plan.tensors[parameter.removesuffix(".weight")])[expert]
 
     def _write_part(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write `tensors` to a file of the work directory, which is whole when it has its name."""
@@ -242,21 +241,16 @@ class _Work:
             self.parts / "rest.safetensors",
         ):
             stored |= read_header(part)
-        files = {file: MappedFile(file) for file in dict.fromkeys(t.file for t in stored.values())}
+        files = MappedFiles()
         complete = self.parts / "complete"
         shutil.rmtree(complete, ignore_errors=True)
         complete.mkdir()
-        copy_texts(self.plan.path, complete)
-        first, embedded = to_hf(self.quant, self.plan.config)
-        config = read_hf_config(self.plan.path) | {"quantization_config": embedded}
-        write_json(complete / "config.json", config)
-        if first is not None:
-            write_json(complete / QUANT_FILE, first)
+        write_texts(self.plan.path, complete, self.quant, self.plan.config)
         ordered = [stored[name] for name in self.table]
         write_directory(
             complete,
             [Entry(t.name, t.dtype, t.shape) for t in ordered],
-            lambda name: files[stored[name].file].tensor(stored[name]),
+            lambda name: files.tensor(stored[name]),
             DEFAULT_SHARD_BYTES,
         )
         move_directory(complete, self.target)
@@ -354,13 +348,3 @@ def _kv_scales(block: Block, name: str, seen: Inputs) -> dict[str, Tensor]:
             largest = float(module(seen.rows[leaf]).abs().max())
         found[f"{name}.{leaf}.{scale}"] = torch.tensor(largest / 448.0 or 1.0)
     return found
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("quantising"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from aprium.base.errors import QuantizeError
 from aprium.checkpoint.hub import resolve
-from aprium.checkpoint.load import choose_load, load_checkpoint, read_plan
+from aprium.checkpoint.load import choose_load, load_checkpoint
 from aprium.quantize import auto, pipeline, qad, samples
 from aprium.quantize.pipeline import Result
 from aprium.quantize.recipes import Recipe
@@ -54,13 +54,7 @@ def run(
     `say` takes what is worth showing on the way. Raises QuantizeError, DataError, CheckpointError.
     """
     path, begun = resolve(source), time.monotonic()
-    if (plan := read_plan(path)).quant.formats:
-        raise QuantizeError(
-            f"{path} is quantised already: make a BF16 checkpoint of it first, with "
-            "`aprium convert --to bf16`"
-        )
-    if path.resolve() == target.resolve():
-        raise QuantizeError(f"{target} is the source itself: name another directory to write")
+    plan = pipeline.read_source(path, target)
     size = sum(tensor.end - tensor.start for tensor in plan.tensors.values())
     if (options.budget is not None or options.distil is not None) and choose_load(size) == "mmap":
         raise QuantizeError(
