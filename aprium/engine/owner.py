@@ -7,8 +7,10 @@ and stops the thread: a half-updated state must not serve anybody.
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
-from aprium.base.errors import EngineError
+from aprium.base.errors import ApriumError, EngineError
 from aprium.base.log import get_logger
 from aprium.base.records import Delta, Request
 from aprium.engine.engine import Engine
@@ -16,6 +18,14 @@ from aprium.engine.engine import Engine
 # Receives, in the owner's thread, the deltas of one step for one submission, or why there will be
 # no more. Must be quick and must not raise.
 Sink = Callable[[list[Delta] | EngineError], None]
+T = TypeVar("T")
+
+
+class _Call(NamedTuple):
+    """A function to be called with the engine, and where its result goes."""
+
+    function: Callable[[Engine], Any]
+    future: "Future[Any]"
 
 
 class Owner:
@@ -26,7 +36,7 @@ class Owner:
         self.failed: EngineError | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self._orders: list[tuple[Request, Sink] | str] = []
+        self._orders: list[tuple[Request, Sink] | _Call | str] = []
         self._sinks: dict[str, Sink] = {}
         self._thread = threading.Thread(target=self._run, name="aprium-engine", daemon=True)
         self._thread.start()
@@ -51,6 +61,19 @@ class Owner:
         with self._changed:
             self._orders += request_ids
             self._changed.notify()
+
+    def call(self, function: Callable[[Engine], T]) -> "Future[T]":
+        """Let the thread call `function` with the engine between two steps.
+
+        The future gets what it returns, or the ApriumError that it raises; anything else that it
+        raises is a failure of the engine. Raises EngineError when the engine has stopped.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            self._check_running()
+            self._orders.append(_Call(function, future))
+            self._changed.notify()
+        return future
 
     def close(self) -> None:
         """Stop after the step in progress; unfinished requests fail. Waits for the thread."""
@@ -80,9 +103,13 @@ class Owner:
         with self._changed:
             if cause.__cause__ is not None:
                 self.failed = cause
-            waiting = [order[1] for order in self._orders if isinstance(order, tuple)]
+            orders, self._orders = self._orders, []
+            waiting = [order[1] for order in orders if type(order) is tuple]
             sinks = dict.fromkeys([*self._sinks.values(), *waiting])
-            self._orders, self._sinks = [], {}
+            self._sinks = {}
+        for order in orders:
+            if isinstance(order, _Call):
+                order.future.set_exception(cause)
         for sink in sinks:
             sink(cause)
 
@@ -95,14 +122,28 @@ class Owner:
                 return False
             orders, self._orders = self._orders, []
             # All of them at once: should carrying one out fail, every caller is to be told.
-            self._sinks |= {order[0].id: order[1] for order in orders if isinstance(order, tuple)}
+            self._sinks |= {order[0].id: order[1] for order in orders if type(order) is tuple}
         for order in orders:
             if isinstance(order, str):
                 last = self.engine.abort(order)
                 self._deliver([last] if last is not None else [])
+            elif isinstance(order, _Call):
+                self._call(order)
             else:
                 self.engine.add(order[0])
         return True
+
+    def _call(self, order: _Call) -> None:
+        if not order.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = order.function(self.engine)
+        except BaseException as error:
+            order.future.set_exception(error)
+            if not isinstance(error, ApriumError):
+                raise
+        else:
+            order.future.set_result(result)
 
     def _deliver(self, deltas: list[Delta]) -> None:
         batches: dict[Sink, list[Delta]] = {}

@@ -379,3 +379,23 @@ def test_a_checkpoint_without_a_template_refuses_messages_only(text_toy, tmp_pat
         assert model.generate("hi", GREEDY)[0].tokens
         with pytest.raises(TemplateError, match="no chat template"):
             model.generate([{"role": "user", "content": "hi"}], GREEDY)
+
+
+def test_a_call_runs_between_steps_and_gives_back_result_or_error(text_toy):
+    with LLM(text_toy, max_model_len=64) as llm:
+        assert llm._owner.call(lambda engine: engine.max_model_len).result(10) == 64
+
+        def refuse(engine):
+            raise RequestError("not this")
+
+        with pytest.raises(RequestError, match="not this"):
+            llm._owner.call(refuse).result(10)
+        assert llm.generate([1, 2], GREEDY)[0].finish == "length"  # the engine is well
+
+        def fail(engine):
+            raise KeyError("a bug")
+
+        with pytest.raises(KeyError):
+            llm._owner.call(fail).result(10)
+        with pytest.raises(EngineError, match="a bug"):
+            llm.generate([1, 2], GREEDY)
