@@ -7,13 +7,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from aprium.base.records import Completion, Message, SamplingParams
     from aprium.engine.client import LLM, AsyncEngine
-    from aprium.engine.engine import Engine, EngineConfig
+    from aprium.engine.config import EngineConfig
+    from aprium.engine.engine import Engine
 
 _EXPORTS = {
     "LLM": "aprium.engine.client",
     "AsyncEngine": "aprium.engine.client",
     "Engine": "aprium.engine.engine",
-    "EngineConfig": "aprium.engine.engine",
+    "EngineConfig": "aprium.engine.config",
     "SamplingParams": "aprium.base.records",
     "Message": "aprium.base.records",
     "Completion": "aprium.base.records",

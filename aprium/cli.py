@@ -143,6 +143,7 @@ class _ServeCommand(click.Command):
         super().__init__(**attributes)
         kinds: dict[str, dict[str, Any]] = {
             "int": {"type": int},
+            "float": {"type": float},
             "switch": {"type": bool, "default": None},
             "words": {"multiple": True},
         }
@@ -219,11 +220,12 @@ def bench(
     configure_logging("WARNING")
     from aprium.base.config import from_dict
     from aprium.engine import bench as benchmark
-    from aprium.engine.engine import Engine, EngineConfig
+    from aprium.engine.config import EngineConfig
+    from aprium.engine.engine import Engine
     from aprium.ops import _native
 
     settings: dict[str, Any] = {"max_model_len": prompt + generate} | _split(options)[1]
-    settings |= {"model": model, "max_num_seqs": max(sizes)}
+    settings |= {"model": model, "max_num_seqs": max(sizes), "enable_prefix_caching": False}
     engine = Engine(from_dict(EngineConfig, settings))
     results = [
         benchmark.bench(engine, prompt=prompt, generate=generate, batch=size) for size in sizes

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from aprium.base.records import Request, SamplingParams
 from aprium.checkpoint.info import model_info
-from aprium.engine.engine import Engine, EngineConfig
+from aprium.engine.config import EngineConfig
+from aprium.engine.engine import Engine
 
 WARM = 2048  # tokens read before memory is first looked at, so that working buffers are there
 

@@ -14,3 +14,8 @@ def available_bytes() -> int:
         pass
     # Without that file (not Linux): half of the memory the machine has.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def total_bytes() -> int:
+    """Return the memory of the machine, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -8,6 +8,7 @@ predicting `tokens[t]`, so index 0 has weight 0.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from aprium.base.errors import RequestError
 
@@ -44,7 +45,8 @@ class SamplingParams:
     the order temperature, top-k, top-p, min-p. `logprobs` asks for that many alternatives at each
     generated position, `prompt_logprobs` likewise for the prompt; 0 gives the chosen token alone.
     `max_tokens` None means up to the model's context. `seed` makes one request reproducible
-    whatever it is batched with. Raises RequestError naming the field that is out of range.
+    whatever it is batched with. `n` continuations are given, of `best_of` that are made those with
+    the best mean log-probability. Raises RequestError naming the field that is out of range.
     """
 
     max_tokens: int | None = 256
@@ -59,6 +61,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    best_of: int | None = None
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check ranges."""
@@ -78,10 +81,15 @@ class SamplingParams:
             if not low <= value <= high:
                 bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise RequestError(f"{name} is {value}: it must be {bound}", param=name)
-        for name in ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n"):
+        for name in _INTEGERS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise RequestError(f"{name} must be an integer, not {value!r}", param=name)
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(
+                f"best_of is {self.best_of} and n is {self.n}: no more can be chosen than are made",
+                param="best_of",
+            )
         if self.top_p == 0:
             raise RequestError("top_p is 0: use temperature=0 for greedy decoding", param="top_p")
         if any(not isinstance(text, str) or not text for text in self.stop):
@@ -90,6 +98,7 @@ class SamplingParams:
             raise RequestError("stop_token_ids must be integers", param="stop_token_ids")
 
 
+_INTEGERS = ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n", "best_of")
 # Fields that a checkpoint's `generation_config.json` may recommend values for.
 RECOMMENDED_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -102,6 +111,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("logprobs", 0, 100),
     ("prompt_logprobs", 0, 100),
     ("n", 1, 128),
+    ("best_of", 1, 128),
 )
 
 
@@ -109,13 +119,26 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 class Request:
     """One sequence to generate: prompt token ids and how to continue them (`params.n` is 1).
 
-    Only requests with the same `cache_salt` share what was computed of their prompts.
+    Only requests with the same `cache_salt` share what was computed of their prompts. `generated`
+    are tokens of an earlier run that is gone on with. Lower `priority` goes first; requests of one
+    priority are served in fair turns by `share`. It is given up `deadline_s` seconds after it came.
+    With `follows` it waits until that request, which `leads`, has read the same prompt. Its state
+    is kept every `keep_every` generated tokens (0: at the end only). `pooling` makes a vector of
+    the prompt's hidden states, the last or the mean of all (of as many tokens as there are).
     """
 
     id: str
     tokens: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
+    generated: tuple[int, ...] = ()
+    priority: int = 0
+    share: str = ""
+    deadline_s: float | None = None
+    follows: str | None = None
+    leads: bool = False
+    keep_every: int = 0
+    pooling: Literal["last", "mean"] | None = None
 
 
 # Alternatives at one position: token id -> natural-log probability, most probable first.
@@ -138,7 +161,9 @@ class Delta:
     `tokens` and `logprobs` run in parallel; `top_logprobs` too where alternatives were asked for.
     `prompt_logprobs` comes once, with the first delta, when asked for: entry 0 is None, entry t is
     the log-probability of prompt token t given those before it. `finish` is None while running,
-    then "stop", "length" or "abort". `stop_reason` is the stop token id or string that matched.
+    then "stop", "length" or "abort". `stop_reason` is the stop token id or string that matched, or
+    "deadline" for a request that was given up. `embedding` comes with the end where pooling was
+    asked for. `weight_version` counts updates of the weights before this step.
     `reused` prompt tokens were known already, and `why_not_more` says why no more (None without a
     prefix cache); `drafted` and `accepted` count drafted tokens that were verified so far, and
     `timings` are those of the request so far.
@@ -156,6 +181,8 @@ class Delta:
     why_not_more: str | None = None
     drafted: int = 0
     accepted: int = 0
+    embedding: tuple[float, ...] | None = None
+    weight_version: int = 0
     timings: Timings = field(default_factory=Timings)
 
 
@@ -168,7 +195,7 @@ class Completion:
     distribution (before temperature and filters). `index` tells the n continuations of one prompt
     apart. `finish` is "stop", "length" or "abort", None while streaming. `reused` prompt tokens
     came from the prefix cache, and `why_not_more` says why no more; `drafted` and `accepted` count
-    drafted tokens that were verified.
+    drafted tokens that were verified. `weight_spans` are (version of the weights, tokens) in order.
     """
 
     text: str
@@ -185,7 +212,14 @@ class Completion:
     why_not_more: str | None = None
     drafted: int = 0
     accepted: int = 0
+    embedding: tuple[float, ...] | None = None
+    weight_spans: tuple[tuple[int, int], ...] = ()
     timings: Timings = field(default_factory=Timings)
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the last token came from."""
+        return self.weight_spans[-1][0] if self.weight_spans else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -311,6 +311,47 @@ def fill(model: HybridModel, tensors: Mapping[str, StoredTensor], prefix: str = 
         set_parameter(model, name, value)
 
 
+@torch.no_grad()
+def update_weights(checkpoint: Checkpoint, source: str | Path | Mapping[str, Tensor]) -> None:
+    """Replace weights of a loaded model in place.
+
+    `source` is a checkpoint of the same shape and formats, or tensors by published name, which may
+    be some of them; values are converted to the dtype that the parameter has. Raises
+    CheckpointError, before anything is changed, for what does not fit.
+    """
+    if checkpoint.load == "mmap" or checkpoint.transposed:
+        how = "in mapped files" if checkpoint.load == "mmap" else "laid out by columns"
+        raise CheckpointError(
+            f"the weights are {how} and cannot be replaced: load the model with load 'memory' and "
+            "without derived files"
+        )
+    model = checkpoint.model
+    if not isinstance(source, Mapping):
+        plan = read_plan(resolve(source))
+        for name in ("config", "quant"):
+            if getattr(plan, name) != getattr(checkpoint, name):
+                raise CheckpointError(
+                    f"{plan.path}: its {name} is not that of the running model: start anew with it"
+                )
+        fill(model, plan.tensors)
+        return
+    parameters = dict(model.named_parameters())
+    changes: list[tuple[Tensor, Tensor]] = []
+    for published, value in source.items():
+        name, expert = parameter_of(published)
+        if name not in parameters:
+            raise CheckpointError(f"tensor {published!r} belongs to no parameter of this model")
+        target = parameters[name] if expert is None else parameters[name][expert]
+        if value.shape != target.shape or (value.dtype != target.dtype and target.itemsize == 1):
+            raise CheckpointError(
+                f"tensor {published!r} is {value.dtype} {list(value.shape)}: the model has "
+                f"{target.dtype} {list(target.shape)}"
+            )
+        changes.append((target, value))
+    for target, value in changes:
+        target.copy_(value)
+
+
 def attach(model: HybridModel, tensors: Mapping[str, StoredTensor]) -> None:
     """Make views of the mapped files the parameters of `model`; stacks become lists of views.
 

@@ -53,6 +53,8 @@ class Assembler:
         self._stop_reason: int | str | None = None
         self._drafted = self._accepted = self._reused = 0
         self._why_not_more: str | None = None
+        self._embedding: tuple[float, ...] | None = None
+        self._spans: list[tuple[int, int]] = []  # (version of the weights, tokens)
         self._timings = Timings()
 
     def push(self, delta: Delta) -> None:
@@ -62,6 +64,13 @@ class Assembler:
         self._timings = delta.timings
         self._drafted, self._accepted = delta.drafted, delta.accepted
         self._reused, self._why_not_more = delta.reused, delta.why_not_more
+        self._embedding = delta.embedding
+        if delta.tokens:
+            version, count = self._spans.pop() if self._spans else (delta.weight_version, 0)
+            if version != delta.weight_version:
+                self._spans.append((version, count))
+                version, count = delta.weight_version, 0
+            self._spans.append((version, count + len(delta.tokens)))
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
             self._prompt_top_logprobs = delta.prompt_top_logprobs
@@ -99,6 +108,8 @@ class Assembler:
             why_not_more=self._why_not_more,
             drafted=self._drafted,
             accepted=self._accepted,
+            embedding=self._embedding,
+            weight_spans=tuple(self._spans),
             timings=self._timings,
         )
 

@@ -24,6 +24,7 @@ class Pool:
         self._free = list(range(size - 1, -1, -1))
         self._owned: dict[str, tuple[int, ...]] = {}
         self._owners = [0] * size  # of each id
+        self.num_releases = 0
 
     @property
     def num_free(self) -> int:
@@ -34,6 +35,10 @@ class Pool:
     def owners(self) -> set[str]:
         """Sequences that own at least one id."""
         return set(self._owned)
+
+    def num_owners(self, id: int) -> int:
+        """Return how many have `id`."""
+        return self._owners[id]
 
     def owned(self, owner: str) -> tuple[int, ...]:
         """Return the ids of `owner`, in the order in which it took them."""
@@ -58,6 +63,7 @@ class Pool:
 
     def release(self, owner: str) -> None:
         """Let go of every id of `owner`; those that nobody else has are free."""
+        self.num_releases += 1
         for i in reversed(self._owned.pop(owner, ())):
             self._owners[i] -= 1
             if not self._owners[i]:
@@ -84,6 +90,11 @@ class Cache:
         self.page_size = page_size
         self.pages = Pool("KV pages", num_pages)
         self.slots = Pool("state slots", num_slots)
+
+    @property
+    def num_releases(self) -> int:
+        """How often something was given back; while it stays, nothing that failed can succeed."""
+        return self.slots.num_releases
 
     def pages_for(self, num_tokens: int) -> int:
         """Return how many pages hold `num_tokens` tokens."""

@@ -7,26 +7,32 @@ thread, before anything is queued; decoding and stop strings too, while the owne
 
 import asyncio
 import dataclasses
+import functools
 import itertools
+import math
 import queue
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
 
 from aprium.base.config import from_dict
 from aprium.base.errors import EngineError, RequestError
 from aprium.base.records import RECOMMENDED_SAMPLING, Completion, Delta, Request, SamplingParams
 from aprium.checkpoint.load import Checkpoint
 from aprium.engine.assemble import Assembler
-from aprium.engine.engine import Engine, EngineConfig, EngineStats, load
+from aprium.engine.config import EngineConfig, EngineStats
+from aprium.engine.engine import Engine, load
 from aprium.engine.owner import Owner
 from aprium.engine.prompts import Prompt, encode_prompt, split_prompts
 from aprium.ops.sample import derive_seed
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
 _ids = itertools.count()
 
 
@@ -58,6 +64,9 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        cache_salt: str = "",
     ) -> list[Completion]:
         """Continue each prompt and return the completions in order.
 
@@ -65,8 +74,10 @@ class LLM:
         (`Message`s or mappings, put through the chat template with `tools` and
         `chat_template_kwargs`); `prompts` is one of these or a list. `params` is one for all or
         one each; None takes the model's own defaults. The `n` continuations of a prompt follow
-        each other. Raises RequestError for a request that cannot be served (nothing runs then),
-        EngineError when the engine has failed or is closed.
+        each other; the prompt is read once for all. Lower `priority` goes first; what is not done
+        `deadline_s` seconds from now is given up, with finish "abort". Only calls with the same
+        `cache_salt` share what was computed of prompts. Raises RequestError for a request that
+        cannot be served (nothing runs then), EngineError when the engine has failed or is closed.
         """
         split = split_prompts(prompts)
         if not isinstance(params, Sequence):
@@ -78,14 +89,14 @@ class LLM:
                 param="params",
             )
         options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
-        jobs = _Jobs(self._owner, self.generation_config)
+        jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
         for prompt, some in zip(split, params, strict=True):
             _check_params(some)
             tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
-            jobs.add(tokens, some, self.tokenizer)
+            jobs.add(tokens, some, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt)
         for _ in self._run(jobs):
             pass
-        return [a.completion() for a in jobs.assemblers.values()]
+        return jobs.chosen()
 
     def stream(
         self,
@@ -102,10 +113,11 @@ class LLM:
         `generate`, raised by the call itself.
         """
         _check_params(params)
+        _check_streams(params)
         options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
         tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
-        jobs = _Jobs(self._owner, self.generation_config)
-        jobs.add(tokens, params, self.tokenizer)
+        jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
+        jobs.add(tokens, params)
         return (a.completion() for batch in self._run(jobs) for a in batch)
 
     def score(self, tokens: Sequence[int] | str) -> list[float | None]:
@@ -118,6 +130,37 @@ class LLM:
         (completion,) = self.generate([ids], params)
         assert completion.prompt_logprobs is not None
         return list(completion.prompt_logprobs)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Literal["last", "mean"] = "last",
+        normalize: bool = True,
+    ) -> list[list[float]]:
+        """Return a vector of the model's width for each prompt, from its last hidden states.
+
+        That of the last token, or the mean of all; with `normalize` of length 1. The models are
+        trained to write, not to embed: how good the vectors are is the model's business.
+        """
+        jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
+        for prompt in split_prompts(prompts):
+            tokens = encode_prompt(prompt, self.tokenizer, self._template)
+            jobs.add(tokens, SamplingParams(max_tokens=0, temperature=0), pooling=pooling)
+        for _ in self._run(jobs):
+            pass
+        found = [list(c.embedding or ()) for c in jobs.chosen()]
+        if not normalize:
+            return found
+        lengths = [math.hypot(*vector) or 1.0 for vector in found]
+        return [[x / size for x in vector] for vector, size in zip(found, lengths, strict=True)]
+
+    def update_weights(
+        self, source: str | Path | Mapping[str, Tensor], *, recompute: bool = False
+    ) -> int:
+        """Replace weights between two steps; returns their version (see `Engine`)."""
+        update = functools.partial(Engine.update_weights, source=source, recompute=recompute)
+        return self._owner.call(update).result()
 
     def stats(self) -> EngineStats:
         """Return the engine's gauges and counters."""
@@ -177,6 +220,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         cache_salt: str = "",
+        **options: Any,
     ) -> AsyncIterator[Completion]:
         """Continue `tokens` and yield the completion as it grows.
 
@@ -184,11 +228,17 @@ class AsyncEngine:
         has `finish` set. Closing the iterator (or cancelling the task in it) stops the generation.
         The call itself raises RequestError when the request cannot be served, EngineError when the
         engine has failed or is closed. `request_id` only serves to recognise it in messages. What
-        was computed of a prompt is shared with requests of the same `cache_salt`.
+        was computed of a prompt is shared with requests of the same `cache_salt`; `options` are
+        other fields of a `Request`, such as `priority`. With `best_of` the chosen ones come at the
+        end.
         """
-        jobs = _Jobs(self._owner, self.generation_config)
-        jobs.add(tuple(tokens), params, self.tokenizer, request_id, cache_salt)
+        jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
+        jobs.add(tuple(tokens), params, request_id, cache_salt=cache_salt, **options)
         return self._run(jobs)
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """Let the engine's thread call `function` between two steps, and return what it returns."""
+        return await asyncio.wrap_future(self._owner.call(function))
 
     def stats(self) -> EngineStats:
         """Return the engine's gauges and counters."""
@@ -214,8 +264,10 @@ class AsyncEngine:
                 changed = jobs.push(await inbox.get())
                 while not inbox.empty():  # a slow reader gets the latest, not every step
                     changed += jobs.push(inbox.get_nowait())
-                for assembler in dict.fromkeys(changed):
+                for assembler in dict.fromkeys(changed) if not jobs.chooses else ():
                     yield assembler.completion()
+            for completion in jobs.chosen() if jobs.chooses else ():
+                yield completion
         finally:
             jobs.abort()
 
@@ -232,13 +284,30 @@ def _check_params(params: Any) -> None:
         raise RequestError(f"params is {params!r}: give SamplingParams(...)", param="params")
 
 
+def _check_streams(params: SamplingParams | None) -> None:
+    if params is not None and (params.best_of or 0) > params.n:
+        raise RequestError(
+            f"best_of is {params.best_of} and n is {params.n}: which are best is known only at the "
+            "end, do not stream",
+            param="best_of",
+        )
+
+
+def _mean_logprob(completion: Completion) -> float:
+    return sum(completion.logprobs) / max(len(completion.logprobs), 1)
+
+
 class _Jobs:
     """Continuations submitted together: their requests, and what has become of each."""
 
-    def __init__(self, owner: Owner, generation_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, owner: Owner, generation_config: Mapping[str, Any], tokenizer: Tokenizer | None
+    ) -> None:
         self._owner = owner
         self._generation_config = generation_config
+        self._tokenizer = tokenizer
         self._requests: list[Request] = []
+        self._groups: list[tuple[int, list[str]]] = []  # n, and the ids of what is made for it
         self.assemblers: dict[str, Assembler] = {}
         self.open: set[str] = set()
 
@@ -246,40 +315,63 @@ class _Jobs:
         self,
         tokens: tuple[int, ...],
         params: SamplingParams | None,
-        tokenizer: Tokenizer | None,
         request_id: str | None = None,
-        cache_salt: str = "",
+        **options: Any,
     ) -> None:
-        """Add the `params.n` continuations of a prompt.
+        """Add the continuations of a prompt; `options` are fields of `Request`.
 
-        Raises RequestError when they can never be served, EngineError when the engine has stopped.
+        The first reads the prompt and the others follow. Raises RequestError when they can never
+        be served, EngineError when the engine has stopped.
         """
         if params is None:
             params = default_params(self._generation_config)
             # Nobody asked for this number, so it gives way to the context.
             room = max(1, self._owner.engine.max_model_len - len(tokens))
             params = dataclasses.replace(params, max_tokens=min(room, params.max_tokens or room))
-        if params.stop and tokenizer is None:
+        if params.stop and self._tokenizer is None:
             raise RequestError(
                 "this model has no tokenizer files: use stop_token_ids instead of stop",
                 param="stop",
             )
         name = f"{request_id or 'request'}-{next(_ids)}"
-        for index in range(params.n):
+        count = params.best_of or params.n
+        ids = [f"{name}-{index}" for index in range(count)]
+        for index, id in enumerate(ids):
             seed = None if params.seed is None else derive_seed(params.seed, index)
-            one = dataclasses.replace(params, n=1, seed=seed)
             request = Request(
-                id=f"{name}-{index}", tokens=tokens, params=one, cache_salt=cache_salt
+                id=id,
+                tokens=tokens,
+                params=dataclasses.replace(params, n=1, best_of=None, seed=seed),
+                leads=count > 1 and index == 0,
+                follows=ids[0] if index else None,
+                **options,
             )
             if index == 0:
                 self._owner.check(request)
             self._requests.append(request)
-            self.assemblers[request.id] = Assembler(
+            self.assemblers[id] = Assembler(
                 prompt_tokens=tokens,
                 stop=params.stop,
-                stream=None if tokenizer is None else tokenizer.stream(),
+                stream=None if self._tokenizer is None else self._tokenizer.stream(),
                 index=index,
             )
+        self._groups.append((params.n, ids))
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more are made than given."""
+        return any(n < len(ids) for n, ids in self._groups)
+
+    def chosen(self) -> list[Completion]:
+        """Return the completions of each prompt in turn, of too many the likeliest ones first."""
+        found: list[Completion] = []
+        for n, ids in self._groups:
+            made = [self.assemblers[id].completion() for id in ids]
+            if n < len(made):
+                made.sort(key=_mean_logprob, reverse=True)
+                made = [dataclasses.replace(c, index=i) for i, c in enumerate(made[:n])]
+            found += made
+        return found
 
     def submit(self, sink: Any) -> None:
         """Hand all requests to the engine."""

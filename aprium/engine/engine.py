@@ -1,144 +1,37 @@
 """The engine: requests in, steps, deltas out; one model, one thread, token ids only.
 
 `step` is plan, run, book. Who calls it, and what becomes of the deltas, is `engine/client`'s
-business; text is not known here. Sessions will have their place beside the scheduler.
+business; text is not known here. What outlives a request is `engine/sessions`'.
 """
 
 import random
 import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
-import torch
+from torch import Tensor
 
+import aprium
 from aprium.base.errors import ConfigError, RequestError
-from aprium.base.memory import available_bytes
+from aprium.base.log import get_logger
+from aprium.base.memory import available_bytes, total_bytes
 from aprium.base.records import Delta, Request, Timings
-from aprium.checkpoint.load import LOAD_MODES, Checkpoint, load_checkpoint
+from aprium.checkpoint.load import Checkpoint, load_checkpoint, update_weights
 from aprium.engine.cache import Cache
-from aprium.engine.memory import CachePlan, plan_cache
+from aprium.engine.config import CACHE_DTYPES, DTYPES, SSM_DTYPES, EngineConfig, EngineStats
+from aprium.engine.memory import Budget, plan_cache, step_bytes
 from aprium.engine.prefix import PrefixCache
 from aprium.engine.request import LiveSequence
 from aprium.engine.runner import Runner, SegmentResult
-from aprium.engine.scheduler import Outcome, Scheduler, StepPlan
-from aprium.engine.speculative import DraftLength, SpeculativeConfig, look_up
-from aprium.model.native import ACTIVATION_DTYPES, bind
+from aprium.engine.scheduler import SPACING, Outcome, Scheduler, StepPlan
+from aprium.engine.speculative import DraftLength, look_up
+from aprium.engine.store import SnapshotStore, fingerprint
+from aprium.model.native import bind
 from aprium.model.state import HybridState
 from aprium.ops import _native
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_CACHE_DTYPES = _DTYPES | {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 _MESSAGE_ENDS = 3  # of a prompt at which states are kept
-_SSM_DTYPES = {
-    "auto": torch.float32,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "fp8": torch.float8_e4m3fn,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How to run a model.
-
-    `model` is a directory, a hub id, or with `load_format` "dummy" (random weights) a preset.
-    `dtype` is that of activations and of keys and values: "auto" is float32 on a CPU, which is
-    exact in any batch; weights stay as stored. `max_model_len` None is the model's own, or what
-    memory holds. `block_size` is tokens a KV page; `kv_cache_bytes` None fits the machine. `seed`
-    None draws one: requests without a seed of their own then differ from run to run.
-    `activation_dtype` is what native kernels round the inputs of matrix products to: "auto" is
-    int8 for a checkpoint with NVFP4 weights, bfloat16 for one with FP8 weights, else float32.
-    `kv_cache_dtype` "auto" is that of activations; "fp8" (E4M3) takes the checkpoint's scales or 1.
-    `mamba_ssm_cache_dtype` keeps recurrent states in fewer bits between steps, rounded to either
-    neighbour by chance with `mamba_cache_stochastic_rounding`, else to the nearest; results then
-    depend on how prompts are cut into steps.
-    `enable_prefix_caching` keeps up to `num_snapshots` states of prompts, at ends of messages and
-    of prompts, and goes on from the longest that a new prompt begins with, with the same bits.
-    `speculative` drafts tokens and verifies them, which changes speed and nothing else.
-    `load` "memory" reads weights, "mmap" maps their files; "auto" reads what fits.
-    """
-
-    model: str
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    activation_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3"] = "auto"
-    mamba_ssm_cache_dtype: Literal["auto", "float32", "float16", "fp8"] = "auto"
-    mamba_cache_stochastic_rounding: bool = True
-    max_model_len: int | None = None
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 512
-    block_size: int = 64
-    kv_cache_bytes: int | None = None
-    speculative: SpeculativeConfig | None = None
-    enable_prefix_caching: bool = False
-    num_snapshots: int = 32
-    load_format: Literal["auto", "dummy"] = "auto"
-    load: Literal["auto", "memory", "mmap"] = "auto"
-    seed: int | None = None
-    enable_chunked_prefill: bool = True
-
-    def __post_init__(self) -> None:
-        """Check ranges; raise ConfigError naming the field."""
-        for name in (
-            *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
-            "num_snapshots",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}: it must be at least 1")
-        if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
-            raise ConfigError(f"kv_cache_bytes is {self.kv_cache_bytes}: it must be at least 1")
-        if self.dtype not in ("auto", *_DTYPES):
-            raise ConfigError(f"dtype is {self.dtype!r}: use 'auto', 'float32' or 'bfloat16'")
-        if self.activation_dtype not in ACTIVATION_DTYPES:
-            known = ", ".join(ACTIVATION_DTYPES)
-            raise ConfigError(f"activation_dtype is {self.activation_dtype!r}: use one of {known}")
-        for name, known in (
-            ("kv_cache_dtype", ("auto", *_CACHE_DTYPES)),
-            ("mamba_ssm_cache_dtype", tuple(_SSM_DTYPES)),
-        ):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise ConfigError(f"{name} is {value!r}: use one of {', '.join(known)}")
-        if self.speculative is not None and self.mamba_ssm_cache_dtype not in ("auto", "float32"):
-            raise ConfigError(
-                f"mamba_ssm_cache_dtype is {self.mamba_ssm_cache_dtype!r}: drafts are verified on "
-                "float32 states only, leave one of the two out"
-            )
-        if self.load not in LOAD_MODES:
-            raise ConfigError(f"load is {self.load!r}: use one of {', '.join(LOAD_MODES)}")
-        if self.load_format not in ("auto", "dummy"):
-            raise ConfigError(f"load_format is {self.load_format!r}: use 'auto' or 'dummy'")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Gauges and counters of one engine; times in seconds.
-
-    `drafts_compared` and `drafts_accepted` count drafted tokens by their position in a draft;
-    `ring_bytes` is the memory that drafts under verification take.
-    """
-
-    num_running: int
-    num_waiting: int
-    pages_total: int
-    pages_free: int
-    slots_total: int
-    slots_free: int
-    kv_bytes: int
-    state_bytes: int
-    num_steps: int
-    step_s: float
-    prompt_tokens: int
-    generated_tokens: int
-    num_finished: int
-    num_aborted: int
-    num_preemptions: int
-    ring_bytes: int
-    prefix_tokens_reused: int
-    drafts_compared: tuple[int, ...]
-    drafts_accepted: tuple[int, ...]
+_GRID_POINTS = 16  # most states kept of a long prompt for its length alone
 
 
 class Engine:
@@ -169,19 +62,21 @@ class Engine:
                 "ngram, or none"
             )
         self._length = DraftLength(speculative) if speculative else None
-        kv_dtype = _CACHE_DTYPES.get(config.kv_cache_dtype, model.compute_dtype)
-        ssm_dtype = _SSM_DTYPES[config.mamba_ssm_cache_dtype]
+        kv_dtype = CACHE_DTYPES.get(config.kv_cache_dtype, model.compute_dtype)
+        ssm_dtype = SSM_DTYPES[config.mamba_ssm_cache_dtype]
+        ring_size = speculative.num_speculative_tokens + 1 if speculative else 0
         self.plan = plan_cache(
             shape,
             dtype=kv_dtype,
             ssm_dtype=ssm_dtype,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
-            num_snapshots=config.num_snapshots if config.enable_prefix_caching else 0,
+            caches=config.enable_prefix_caching,
             page_size=config.block_size,
             kv_cache_bytes=config.kv_cache_bytes,
-            free_bytes=available_bytes(),
+            budget=_budget(config, self.checkpoint, ring_size),
         )
+        get_logger("engine").info(self.plan.table(_weight_bytes(self.checkpoint)))
         self.max_model_len = self.plan.max_model_len
         if not config.enable_chunked_prefill and config.max_num_batched_tokens < self.max_model_len:
             raise ConfigError(
@@ -196,17 +91,67 @@ class Engine:
             page_size=self.plan.page_size,
             dtype=kv_dtype,
             ssm_dtype=ssm_dtype,
-            ring_size=speculative.num_speculative_tokens + 1 if speculative else 0,
+            ring_size=ring_size,
             stochastic=config.mamba_cache_stochastic_rounding,
             device=device,
         )
         bind(model, config.activation_dtype)
-        self.runner = Runner(model, state)
-        self.scheduler = _make_scheduler(config, self.plan)
+        self.weight_version = 0
+        self.store = self._make_store()
+        self.runner = Runner(model, state, self.store)
+        self.scheduler = self._make_scheduler()
         self._random = random.Random(config.seed)
         self._num_steps = self._prompt_tokens = self._generated_tokens = 0
-        self._num_finished = self._num_aborted = 0
+        self._num_finished = self._num_aborted = self._num_expired = 0
         self._step_s = 0.0
+
+    def _make_scheduler(self) -> Scheduler:
+        """Make the scheduler and the books of its pages and slots."""
+        config, plan = self.config, self.plan
+        cache = Cache(num_pages=plan.num_pages, page_size=plan.page_size, num_slots=plan.num_slots)
+        speculative = config.speculative
+        return Scheduler(
+            cache,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            chunked_prefill=config.enable_chunked_prefill,
+            reads_ahead=speculative is not None and speculative.kind == "mtp",
+            prefixes=PrefixCache(cache, plan.num_snapshots, self.store),
+        )
+
+    def _make_store(self) -> SnapshotStore | None:
+        """Make the place for what has no slot; None where it may take no memory."""
+        directory = self._store_directory()
+        if directory is None and not self.plan.store_bytes:
+            return None
+        return SnapshotStore(
+            ram_bytes=self.plan.store_bytes,
+            directory=directory,
+            disk_bytes=self.config.prefix_cache_disk_bytes,
+        )
+
+    def _store_directory(self) -> Path | None:
+        """Return where states of exactly these weights and settings are kept on disk."""
+        base = self.config.prefix_cache_dir
+        return None if base is None else base / self.fingerprint()
+
+    def fingerprint(self) -> str:
+        """Return a name for everything that a state depends on beside its tokens."""
+        config, model = self.config, self.checkpoint.model
+        native = model.native.activation_dtype if model.native else None
+        return fingerprint(
+            model,
+            *(aprium.__version__, _native.isa(), native, str(model.compute_dtype)),
+            *(config.kv_cache_dtype, config.mamba_ssm_cache_dtype),
+            config.mamba_cache_stochastic_rounding,
+        )
+
+    def close(self) -> None:
+        """Write what is kept to disk, where it is to be there."""
+        if self.store is not None:
+            if self.scheduler.prefixes is not None:
+                self.runner.apply(self.scheduler.prefixes.drain())
+            self.store.close()
 
     @property
     def has_work(self) -> bool:
@@ -219,8 +164,18 @@ class Engine:
         assert params.n == 1, "an engine request is one sequence"
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token", param="prompt")
-        self._check_ids(tokens, "prompt")
+        self._check_ids((*tokens, *request.generated), "prompt")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
+        if request.deadline_s is not None and request.deadline_s <= 0:
+            raise RequestError(
+                f"deadline_s is {request.deadline_s}: it must be above 0", param="deadline_s"
+            )
+        if request.pooling is not None and params.max_tokens != 0:
+            raise RequestError(
+                f"max_tokens is {params.max_tokens}: a prompt that is pooled generates nothing, "
+                "ask for 0",
+                param="max_tokens",
+            )
         room = self.max_model_len - len(tokens)
         if room < (params.max_tokens != 0):
             raise RequestError(
@@ -239,37 +194,57 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue `request`; raises RequestError (see `check`) when it can never be served."""
         self.check(request)
-        params = request.params
+        params, tokens = request.params, (*request.tokens, *request.generated)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         limit = params.max_tokens
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        now = time.perf_counter()
+        shares = self.config.enable_prefix_caching
         self.scheduler.add(
             LiveSequence(
                 id=request.id,
-                tokens=list(request.tokens),
+                tokens=list(tokens),
                 num_prompt=len(request.tokens),
                 params=params,
                 max_tokens=self.max_model_len - len(request.tokens) if limit is None else limit,
                 seed=seed,
                 stop_ids=eos.union(params.stop_token_ids),
-                salt=request.cache_salt,
-                snapshot_points=self._snapshot_points(request.tokens),
-                arrived_s=time.perf_counter(),
+                salt=request.cache_salt if shares else f"only {request.follows or request.id}",
+                private=not shares,
+                snapshot_points=self._snapshot_points(request),
+                keep_every=request.keep_every if shares else 0,
+                pooling=request.pooling,
+                priority=request.priority,
+                share=request.share,
+                follows=request.follows,
+                deadline_s=None if request.deadline_s is None else now + request.deadline_s,
+                arrived_s=now,
             )
         )
         self._prompt_tokens += len(request.tokens)
 
-    def _snapshot_points(self, tokens: tuple[int, ...]) -> frozenset[int]:
-        """Return where states of this prompt are worth keeping: the last messages' ends, its end.
+    def _snapshot_points(self, request: Request) -> frozenset[int]:
+        """Return where states of this prompt are worth keeping.
 
-        One token before its end, so that the same prompt again finds a state to go on from.
+        The ends of its last messages; its own end where that is far from these, or others follow;
+        and a grid over a long one. An end is one token before, so that the same prompt again finds
+        a state to go on from.
         """
-        if not self.config.enable_prefix_caching:
-            return frozenset()
-        ends = [i + 1 for i, token in enumerate(tokens) if token in self.eos_token_ids]
-        return frozenset(
-            p for p in (*ends[-_MESSAGE_ENDS:], len(tokens) - 1) if 0 < p < len(tokens)
-        )
+        tokens, count = request.tokens, len(request.tokens)
+        points = {count - 1} if request.leads else set()
+        if self.config.enable_prefix_caching:
+            ends = [i + 1 for i, token in enumerate(tokens) if token in self.eos_token_ids]
+            last = count
+            for end in (count - 1, *reversed(ends[-_MESSAGE_ENDS:])):
+                near = ends and end > ends[-1] and end - ends[-1] < SPACING
+                if last - end >= (SPACING if last < count else 1) and not near:
+                    points.add(end)
+                    last = end
+            interval = self.config.snapshot_interval
+            interval *= max(1, -(-count // (interval * _GRID_POINTS)))
+            points |= set(range(interval, count, interval))
+            points = {p for p in points if p >= SPACING or (request.leads and p == count - 1)}
+        return frozenset(p for p in points if 0 < p < count)
 
     def abort(self, request_id: str) -> Delta | None:
         """Drop a request; returns its last delta, or None when it is unknown or has finished."""
@@ -277,14 +252,50 @@ class Engine:
         if sequence is None:
             return None
         self._num_aborted += 1
-        return Delta(id=sequence.id, finish="abort", timings=_timings(sequence))
+        return self._end(sequence, None)
+
+    def _end(self, sequence: LiveSequence, reason: str | None) -> Delta:
+        self.runner.pools.pop(sequence.id, None)
+        return Delta(id=sequence.id, finish="abort", stop_reason=reason, timings=_timings(sequence))
+
+    def update_weights(
+        self, source: str | Path | Mapping[str, Tensor], *, recompute: bool = False
+    ) -> int:
+        """Replace weights, and return the version that completions carry from now on.
+
+        `source` is a checkpoint of the same shape and formats, or tensors by published name, of
+        which there may be fewer than all. Running sequences go on from their states, or with
+        `recompute` from their tokens; nothing else that was computed is used again. Raises
+        CheckpointError, with the old weights in place, where a tensor does not fit.
+        """
+        prefixes = self.scheduler.prefixes
+        assert prefixes is not None
+        self.runner.apply(prefixes.drain())
+        update_weights(self.checkpoint, source)
+        bind(self.checkpoint.model, self.config.activation_dtype)
+        self.runner.rebind()
+        if recompute:
+            self.scheduler.restart()
+        prefixes.forget(stored=False)
+        if self.store is not None:
+            self.store.reset(self._store_directory())
+        self.weight_version += 1
+        return self.weight_version
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all snapshots, those on disk too; running sequences are not touched."""
+        assert self.scheduler.prefixes is not None
+        self.runner.apply(self.scheduler.prefixes.drain())
+        self.scheduler.prefixes.forget()
 
     def step(self) -> list[Delta]:
         """Compute one step and return what it added to each request that it advanced visibly."""
         begun = time.perf_counter()
+        expired = [self._end(s, "deadline") for s in self.scheduler.expire(begun)]
+        self._num_expired += len(expired)
         plan = self.scheduler.plan(self._num_drafts())
         if not plan.segments:
-            return []
+            return expired
         results = self.runner.run(plan)
         for segment in plan.segments:
             sequence = self.scheduler.sequences[segment.id]
@@ -293,6 +304,8 @@ class Engine:
         before = {s.id: len(s.tokens) for s in self.scheduler.running}
         outcomes = [Outcome(tuple(c.token for c in r.choices), r.drafts) for r in results]
         advanced = self.scheduler.update(plan, outcomes)
+        if self.scheduler.prefixes is not None:
+            self.runner.apply(self.scheduler.prefixes.drain())
         self._learn(plan, outcomes, time.perf_counter() - begun)
         deltas = [
             delta
@@ -301,14 +314,16 @@ class Engine:
         ]
         self._num_steps += 1
         self._step_s += time.perf_counter() - begun
-        return deltas
+        return expired + deltas
 
     def stats(self) -> EngineStats:
         """Return the present gauges and counters."""
-        scheduler, cache = self.scheduler, self.scheduler.cache
+        scheduler, cache, store = self.scheduler, self.scheduler.cache, self.store
+        prefixes = scheduler.prefixes
+        assert prefixes is not None
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=scheduler.num_waiting,
             pages_total=cache.pages.size,
             pages_free=cache.pages.num_free,
             slots_total=cache.slots.size,
@@ -321,8 +336,17 @@ class Engine:
             generated_tokens=self._generated_tokens,
             num_finished=self._num_finished,
             num_aborted=self._num_aborted,
+            num_expired=self._num_expired,
             num_preemptions=scheduler.num_preemptions,
-            prefix_tokens_reused=scheduler.prefixes.num_reused if scheduler.prefixes else 0,
+            prefix_tokens_reused=prefixes.num_reused,
+            prefix_misses=dict(prefixes.misses),
+            num_snapshots=prefixes.num_snapshots,
+            store_bytes=store.ram_used if store else 0,
+            disk_bytes=store.disk_used if store else 0,
+            num_stored=store.num_saved if store else 0,
+            num_restored=prefixes.num_restored,
+            num_damaged=store.num_damaged if store else 0,
+            weight_version=self.weight_version,
             ring_bytes=sum(t.numel() * t.element_size() for t in self.runner.state.ring),
             drafts_compared=tuple(self._length.tried) if self._length else (),
             drafts_accepted=tuple(self._length.kept) if self._length else (),
@@ -378,6 +402,14 @@ class Engine:
                     f"token id {token} is not in the vocabulary of {self.vocab_size}", param=param
                 )
 
+    def _embedding(self, sequence: LiveSequence) -> tuple[float, ...] | None:
+        """Return the vector of a prompt that has been read to its end."""
+        if sequence.finish is None or sequence.pooling is None:
+            return None
+        pooled = self.runner.pools.pop(sequence.id)
+        count = sequence.num_prompt if sequence.pooling == "mean" else 1
+        return tuple((pooled / count).float().tolist())
+
     def _delta(self, sequence: LiveSequence, result: SegmentResult, before: int) -> Delta | None:
         """Say what a step added to the `before` tokens of `sequence`; None while it reads."""
         choices = result.choices[: len(sequence.tokens) - before]  # not what follows a stop token
@@ -407,30 +439,38 @@ class Engine:
             why_not_more=sequence.why_not_more,
             drafted=sequence.num_drafted,
             accepted=sequence.num_accepted,
+            embedding=self._embedding(sequence),
+            weight_version=self.weight_version,
             timings=_timings(sequence),
         )
 
 
-def _make_scheduler(config: EngineConfig, plan: CachePlan) -> Scheduler:
-    """Make the scheduler and the books of its pages and slots."""
-    cache = Cache(num_pages=plan.num_pages, page_size=plan.page_size, num_slots=plan.num_slots)
-    speculative = config.speculative
-    prefixes = PrefixCache(cache, config.num_snapshots) if config.enable_prefix_caching else None
-    return Scheduler(
-        cache,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        chunked_prefill=config.enable_chunked_prefill,
-        reads_ahead=speculative is not None and speculative.kind == "mtp",
-        prefixes=prefixes,
+def _budget(config: EngineConfig, checkpoint: Checkpoint, ring_size: int) -> Budget:
+    """Return what the generation state may take on this machine."""
+    shape, free = checkpoint.config, available_bytes()
+    share = config.memory_utilization
+    usable = free // 2 if share is None else int(share * total_bytes()) - (total_bytes() - free)
+    rows = config.max_num_seqs * max(ring_size, 1)
+    return Budget(
+        free_bytes=free,
+        state_bytes=max(usable, 0),
+        fill=share is not None,
+        snapshot_bytes=config.snapshot_bytes,
+        store_bytes=config.prefix_cache_ram_bytes,
+        step_bytes=step_bytes(shape, config.max_num_batched_tokens, rows),
+        ring_bytes=4 * shape.layers.count("mamba") * ring_size * shape.in_proj_dim,
     )
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int:
+    return sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
 
 
 def load(config: EngineConfig) -> Checkpoint:
     """Load the checkpoint that `config` names."""
     return load_checkpoint(
         config.model,
-        dtype=_DTYPES.get(config.dtype),
+        dtype=DTYPES.get(config.dtype),
         load_format=config.load_format,
         load=config.load,
         # By columns only AVX-512 is faster, and only int8 inputs are exact integers.

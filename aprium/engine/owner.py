@@ -96,6 +96,7 @@ class Owner:
         try:
             while self._take_orders():
                 self._deliver(self.engine.step())
+            self.engine.close()
         except Exception as error:
             get_logger("engine").exception("the engine has failed")
             cause = EngineError(f"the engine has failed: {type(error).__name__}: {error}")

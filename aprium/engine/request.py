@@ -9,8 +9,10 @@ running owns no slot and no pages, and has no drafts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from aprium.base.records import SamplingParams, TopLogprobs
+from aprium.engine.prefix import Node
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -23,8 +25,14 @@ class LiveSequence:
     `num_drafted` and `num_accepted` count drafts verified, `num_compared` those that a choice was
     compared with. The prediction head has read positions from `head_start` on, if that is set.
     At `snapshot_points` (numbers of tokens) a step ends and the state is kept for others with the
-    same `salt`; `reused` tokens were taken from such a state, and `why_not_more` says why no more.
-    Times are in seconds of the engine's clock, None until the moment has come.
+    same `salt`, while generating every `keep_every` tokens (0: never); `private` is a salt of its
+    own, for nobody else. It came from `node`; `reused` tokens were taken from such a state, and
+    `why_not_more` says why no more. It goes before others by `priority` (lowest first), and shares
+    the engine fairly with other `share`s; `number` is its place in the order of arrival, `ticket`
+    in that of first admission. It waits until `follows` has read the prompt they have in common.
+    `pooling` makes a vector of the hidden states of the prompt.
+    Times are in seconds of the engine's clock, None until the moment has come; `deadline_s` is when
+    it is given up.
     """
 
     id: str
@@ -48,7 +56,17 @@ class LiveSequence:
     num_compared: int = 0
     head_start: int | None = None
     salt: str = ""
+    private: bool = False
     snapshot_points: frozenset[int] = frozenset()
+    keep_every: int = 0
+    pooling: Literal["last", "mean"] | None = None
+    node: Node | None = None
+    priority: int = 0
+    share: str = ""
+    number: int = 0
+    ticket: int | None = None
+    follows: str | None = None
+    deadline_s: float | None = None
     reused: int = 0
     why_not_more: str | None = None
     prompt_logprobs: list[float | None] = field(default_factory=list)
@@ -56,6 +74,22 @@ class LiveSequence:
     arrived_s: float = 0.0
     started_s: float | None = None
     first_token_s: float | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place among those admitted: the highest is preempted first."""
+        assert self.ticket is not None
+        return self.priority, self.ticket
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether every position of the prompt has to be computed."""
+        return self.params.prompt_logprobs is not None or self.pooling == "mean"
+
+    @property
+    def num_settled(self) -> int:
+        """Tokens that the recurrent state in the slot has taken in: all but those in the ring."""
+        return self.num_computed - self.num_late
 
     @property
     def num_tokens(self) -> int:

@@ -7,6 +7,7 @@ scored rows a few at a time, so that a long prompt never makes a [T, V] tensor.
 
 import math
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from aprium.base.errors import EngineError
 from aprium.base.records import TopLogprobs
+from aprium.engine.prefix import CopyPage, CopySlot, Operation, Save
 from aprium.engine.scheduler import Segment, StepPlan
 from aprium.engine.speculative import count_accepted
+from aprium.engine.store import SnapshotStore
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel
 from aprium.model.state import HybridState
@@ -35,14 +38,22 @@ class SegmentResult(NamedTuple):
 
 
 class Runner:
-    """A model and its state."""
+    """A model and its state; `store` keeps snapshots that outlive their slots."""
 
-    def __init__(self, model: HybridModel, state: HybridState) -> None:
+    def __init__(
+        self, model: HybridModel, state: HybridState, store: SnapshotStore | None = None
+    ) -> None:
         self.model = model
         self.state = state
+        self.store = store
         self.device = model.backbone.embeddings.weight.device
-        self._pick = model.native.pick if model.native else None
+        self.pools: dict[str, Tensor] = {}  # last hidden state, or sum so far, by request
+        self.rebind()
         self.draft_s, self.draft_passes = 0.0, 0  # of the last step
+
+    def rebind(self) -> None:
+        """Take the model's kernels anew, after they were bound."""
+        self._pick = self.model.native.pick if self.model.native else None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[SegmentResult]:
@@ -50,7 +61,7 @@ class Runner:
 
         Raises EngineError when the model gives a number that is not one.
         """
-        self.state.copy(plan.slot_copies, plan.page_copies)
+        self.apply(plan.operations)
         segments = plan.segments
         lengths = [len(s.tokens) for s in segments]
         layout = Layout.build(
@@ -69,11 +80,32 @@ class Runner:
         scores = [
             self._score(s, start, hidden) for s, start in zip(segments, layout.starts, strict=True)
         ]
+        for segment, start in zip(segments, layout.starts, strict=True):
+            if segment.pool is not None:
+                self._pool(segment, hidden[start : start + len(segment.tokens)])
         drafts = self._draft(segments, layout, hidden, choices)
         return [
             SegmentResult(chosen, *scored, drafted)
             for chosen, scored, drafted in zip(choices, scores, drafts, strict=True)
         ]
+
+    @torch.inference_mode()
+    def apply(self, operations: Iterable[Operation]) -> None:
+        """Copy, save and load states, in order."""
+        for order in operations:
+            if isinstance(order, CopySlot):
+                self.state.copy_slot(*order)
+            elif isinstance(order, CopyPage):
+                self.state.copy_page(*order)
+            elif isinstance(order, Save):
+                assert self.store is not None
+                meta = order.meta
+                tensors = self.state.export(order.slot, order.pages, meta.start, meta.length)
+                self.store.put(meta, tensors)
+            else:
+                for part in order.parts:
+                    self.state.restore_pages(order.pages, part.start, part.tensors)
+                self.state.restore_slot(order.slot, order.parts[-1].tensors)
 
     def _choose(
         self, segments: tuple[Segment, ...], layout: Layout, hidden: Tensor
@@ -188,6 +220,13 @@ class Runner:
             page_size=size,
             device=self.device,
         )
+
+    def _pool(self, segment: Segment, rows: Tensor) -> None:
+        """Take the last of `rows`, or add them all to a sum, in order, wherever they were cut."""
+        rows = rows.double()
+        if segment.pool == "mean" and segment.start:
+            rows = torch.cat((self.pools[segment.id][None], rows))
+        self.pools[segment.id] = rows[-1] if segment.pool == "last" else rows.cumsum(0)[-1]
 
     def _score(
         self, segment: Segment, start: int, hidden: Tensor

@@ -1,24 +1,31 @@
 """Decide what the next step computes: continuous batching with chunked prefill, in pure Python.
 
-First come, first served. A step spends a budget of tokens on the running sequences, oldest first
-(one token each while decoding, a chunk of the prompt before), then admits waiting ones. A sequence
-is admitted with the pages of all tokens it has, so that two half-read prompts never starve each
-other; only decoding asks for more. When no page is left the youngest running sequence is preempted:
-it gives back slot and pages and is recomputed later, generated tokens included.
+A step spends a budget of tokens on the running sequences (one token each while decoding, a chunk of
+the prompt before), those of the best rank first, then admits waiting ones, in the order of
+`engine/waiting`. A rank is a priority and the order of first admission. A sequence is admitted with
+the pages of all tokens it has, so that two half-read prompts never starve each other; only decoding
+asks for more. When no page is left, or one of higher priority has no place, the running sequence of
+the lowest rank is preempted: its state goes to the store, where there is one, and it is taken up
+later from there, or else from what is known of its beginning.
 No torch, and no knowledge of who runs the plan.
-Invariants: `running` and `waiting` are each in order of arrival and everything in the first is
-older than everything in the second; the oldest sequence always advances, so all of them finish.
+Invariants: `running` is in order of rank; the sequence of the best rank always advances, so all of
+them finish.
 """
 
-from collections import deque
+import bisect
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from aprium.base.records import SamplingParams
 from aprium.engine.cache import Cache
-from aprium.engine.prefix import SCORED, PrefixCache
+from aprium.engine.prefix import SCORED, Match, Node, Operation, PrefixCache
 from aprium.engine.request import LiveSequence
+from aprium.engine.waiting import Waiting
+
+SPACING = 32  # fewer tokens are not worth a snapshot, nor the step that ends there
 
 
 class Segment(NamedTuple):
@@ -30,7 +37,7 @@ class Segment(NamedTuple):
     are drafts: the rows before and at them choose what should stand there. `late` tokens before
     `start` are in the ring. Of the drafting that follows the step, `draft` is the number of tokens
     wanted, `head_start` where the head's own reading begins (None: it does not read), and
-    `next_token` the known token after the segment.
+    `next_token` the known token after the segment. `pool` says how its hidden states are pooled.
     """
 
     id: str
@@ -48,6 +55,7 @@ class Segment(NamedTuple):
     draft: int = 0
     head_start: int | None = None
     next_token: int | None = None
+    pool: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -61,12 +69,11 @@ class Outcome(NamedTuple):
 class StepPlan:
     """One step of the engine: what the runner does is a function of this and the state.
 
-    `slot_copies` and `page_copies` (from, to) are made first, in order.
+    `operations` on states come first, in order.
     """
 
     segments: tuple[Segment, ...]
-    slot_copies: tuple[tuple[int, int], ...] = ()
-    page_copies: tuple[tuple[int, int], ...] = ()
+    operations: tuple[Operation, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -94,10 +101,15 @@ class Scheduler:
         self.chunked_prefill = chunked_prefill
         self.reads_ahead = reads_ahead  # a prediction head drafts
         self.prefixes = prefixes
-        self.waiting: deque[LiveSequence] = deque()
+        self.waiting = Waiting()
         self.running: list[LiveSequence] = []
         self.sequences: dict[str, LiveSequence] = {}
         self.num_preemptions = 0
+        self._followers: dict[str, list[LiveSequence]] = {}  # by whom they follow
+        self._deadlines: dict[str, LiveSequence] = {}
+        self._private: Counter[str] = Counter()  # sequences, by a salt that only they have
+        self._blocked: tuple[str, int] | None = None  # who found no room, and after what releases
+        self._numbers, self._tickets = itertools.count(), itertools.count()
 
     @property
     def has_work(self) -> bool:
@@ -114,20 +126,48 @@ class Scheduler:
         assert sequence.id not in self.sequences, f"{sequence.id} is queued twice"
         assert self.fits(sequence.num_prompt + sequence.max_tokens), f"{sequence.id} cannot fit"
         self.sequences[sequence.id] = sequence
-        self.waiting.append(sequence)
+        sequence.number = next(self._numbers)
+        if sequence.private:
+            self._private[sequence.salt] += 1
+        if sequence.deadline_s is not None:
+            self._deadlines[sequence.id] = sequence
+        leader = self.sequences.get(sequence.follows) if sequence.follows else None
+        if leader is not None and not _has_read(leader):
+            self._followers.setdefault(leader.id, []).append(sequence)
+        else:
+            self.waiting.push(sequence)
 
-    def abort(self, sequence_id: str) -> LiveSequence | None:
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait, for a place or for the one they follow."""
+        return len(self.waiting) + sum(map(len, self._followers.values()))
+
+    def abort(self, sequence_id: str, finish: str = "abort") -> LiveSequence | None:
         """Drop a sequence wherever it stands; returns it, or None if it is not here (any more)."""
         sequence = self.sequences.get(sequence_id)
         if sequence is None:
             return None
-        sequence.finish = "abort"
-        if sequence.status == "waiting":
-            self.waiting.remove(sequence)
-        else:
+        sequence.finish = finish
+        if sequence.status == "running":
             self.running.remove(sequence)
+        elif sequence in (held := self._followers.get(sequence.follows or "", [])):
+            held.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
         self._drop(sequence)
         return sequence
+
+    def restart(self) -> None:
+        """Put every running sequence back, to be computed anew from its tokens."""
+        for victim in reversed(self.running[:]):
+            self._preempt(victim, keep=False)
+
+    def expire(self, now_s: float) -> list[LiveSequence]:
+        """Drop the sequences whose deadline has passed, and return them."""
+        late = [s for s in self._deadlines.values() if (s.deadline_s or 0) < now_s]
+        for sequence in late:
+            self.abort(sequence.id)
+        return late
 
     def plan(self, num_drafts: int = 0) -> StepPlan:
         """Choose the next step, after which up to `num_drafts` tokens a sequence are drafted.
@@ -137,6 +177,7 @@ class Scheduler:
         segments: list[Segment] = []
         budget = self.max_num_batched_tokens
         preempted = self.num_preemptions
+        self._let_pass()
         index = 0
         while index < len(self.running) and budget:
             sequence = self.running[index]
@@ -150,10 +191,9 @@ class Scheduler:
         # Admitting right after a preemption would let the newcomer take what the elder lost.
         if self.num_preemptions == preempted:
             self._admit(segments, budget, num_drafts)
-        if self.prefixes is None or not segments:  # copies wait for a step that is run
+        if self.prefixes is None or not segments:  # operations wait for a step that is run
             return StepPlan(tuple(segments))
-        copies = self.prefixes.drain_copies()
-        return StepPlan(tuple(segments), tuple(copies.slots), tuple(copies.pages))
+        return StepPlan(tuple(segments), self.prefixes.drain())
 
     def update(self, plan: StepPlan, outcomes: Sequence[Outcome]) -> list[LiveSequence]:
         """Book a finished step, one outcome a segment.
@@ -177,8 +217,8 @@ class Scheduler:
             sequence.drafts = outcome.drafts
             sequence.num_drafted += segment.num_drafts
             sequence.num_accepted += accepted
-            self._snapshot(sequence, segment)
             sequence.num_compared += min(accepted + 1, segment.num_drafts)
+            self.waiting.serve(sequence, len(segment.tokens))
             if segment.sample:
                 assert outcome.tokens
                 for token in outcome.tokens:
@@ -186,9 +226,12 @@ class Scheduler:
                         sequence.append(token)
             elif not sequence.num_pending:
                 sequence.finish = "length"
+            self._snapshot(sequence)
             if sequence.finish is not None:
                 self._drop(sequence)
                 left = True
+            elif sequence.id in self._followers and _has_read(sequence):
+                self._release_followers(sequence)
             advanced.append(sequence)
         if left:
             self.running = [s for s in self.running if s.status == "running"]
@@ -201,15 +244,16 @@ class Scheduler:
         assert self.cache.slots.owners - kept == {s.id for s in self.running}
         if self.prefixes is not None:
             self.prefixes.check()
-        queued = [*self.running, *self.waiting]
-        order = {key: n for n, key in enumerate(self.sequences)}
-        assert [order[s.id] for s in queued] == sorted(order[s.id] for s in queued)
-        assert len(queued) == len(self.sequences)
+        held = [s for followers in self._followers.values() for s in followers]
+        assert {s.id for s in (*self.running, *self.waiting, *held)} == set(self.sequences)
+        assert len(self.running) + self.num_waiting == len(self.sequences)
+        assert [s.rank for s in self.running] == sorted(s.rank for s in self.running)
+        assert all(leader in self.sequences for leader in self._followers)
         for sequence in self.running:
             assert sequence.status == "running" and sequence.slot is not None
-            held = len(sequence.pages) * self.cache.page_size
-            assert held >= sequence.num_computed and sequence.num_pending > 0
-        for sequence in self.waiting:
+            room = len(sequence.pages) * self.cache.page_size
+            assert room >= sequence.num_computed and sequence.num_pending > 0
+        for sequence in (*self.waiting, *held):
             assert sequence.status == "waiting" and not sequence.num_computed
 
     def _find_pages(self, sequence: LiveSequence, num_tokens: int) -> bool:
@@ -217,16 +261,27 @@ class Scheduler:
         while (pages := self.cache.grow(sequence.id, num_tokens)) is None:
             if self.prefixes is not None and self.prefixes.evict():
                 continue
-            victim = self.running.pop()
-            self._release(victim, "waiting")
-            victim.num_computed = victim.num_late = 0
-            victim.num_preemptions += 1
-            self.num_preemptions += 1
-            self.waiting.appendleft(victim)
+            victim = self.running[-1]
+            self._preempt(victim)
             if victim is sequence:
                 return False
         sequence.pages = pages
         return True
+
+    def _preempt(self, victim: LiveSequence, keep: bool = True) -> None:
+        """Put `victim` back, with `keep` its state to the store."""
+        self.running.remove(victim)
+        if keep and self.prefixes is not None:
+            done = victim.num_settled
+            assert victim.slot is not None
+            self.prefixes.swap_out(
+                victim.tokens[:done], victim.salt, victim.slot, victim.pages, victim.head_start == 0
+            )
+        self._release(victim, "waiting")
+        victim.num_computed = victim.num_late = 0
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.push(victim)
 
     def _usable_drafts(self, sequence: LiveSequence, most: int) -> tuple[int, ...]:
         """Return the first `most` of the drafts of `sequence`, as many as find pages freely."""
@@ -279,67 +334,163 @@ class Scheduler:
             draft=max(wanted, 0),
             head_start=head_start,
             next_token=sequence.tokens[end] if end < sequence.num_tokens else None,
+            pool=_pool(sequence, start, end),
         )
 
+    def _let_pass(self) -> None:
+        """Admit waiting sequences of higher priority than a running one, which may lose its place.
+
+        Before the step is planned, as a sequence in the plan cannot be preempted.
+        """
+        while (first := self.waiting.peek()) is not None and self.running:
+            if first.priority >= self.running[-1].priority or not self.chunked_prefill:
+                return
+            if len(self.running) < self.max_num_seqs and self._enter(first):
+                continue
+            self._preempt(self.running[-1])
+
     def _admit(self, segments: list[Segment], budget: int, num_drafts: int) -> None:
-        while budget and self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self.chunked_prefill and sequence.num_tokens > budget:
+        while budget and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting.peek()
+            if sequence is None or (not self.chunked_prefill and sequence.num_tokens > budget):
                 return
             if not self._enter(sequence):
                 return
-            sequence.status = "running"
-            self.running.append(self.waiting.popleft())
             count = sequence.next_count(budget)
             segments.append(self._segment(sequence, count, (), num_drafts))
             budget -= count
 
     def _enter(self, sequence: LiveSequence) -> bool:
-        """Give `sequence` slot, pages and what is known of its beginning; False if too few."""
+        """Let `sequence` run, from what is known of its beginning; False if there is no room."""
+        if self._blocked == (sequence.id, self.cache.num_releases):
+            return False
+        match, granted = self._claim(sequence, *self._known(sequence))
+        if granted is None:
+            self._blocked = sequence.id, self.cache.num_releases
+            return False
         prefixes = self.prefixes
-        if prefixes is None:
-            granted = self.cache.admit(sequence.id, sequence.num_tokens)
-            if granted is not None:
-                sequence.slot, sequence.pages = granted
-            return granted is not None
-        scored = sequence.params.prompt_logprobs is not None
-        match = prefixes.find(sequence.tokens, sequence.salt)
-        node = None if scored else match.node
-        while True:
-            shared = node.pages[: node.length // self.cache.page_size] if node else ()
-            granted = self.cache.admit(sequence.id, sequence.num_tokens, shared)
-            if granted is not None:
-                break
-            if not prefixes.evict(keep=node):
-                if node is None or self.running:
-                    return False
-                node = None  # alone and still too big: its own prefix has to go
         sequence.slot, sequence.pages = granted
-        if sequence.why_not_more is None:  # not after a preemption
-            sequence.reused = node.length if node else 0
-            sequence.why_not_more = SCORED if scored else match.why
-        if node is not None:
-            prefixes.use(node, sequence.slot, sequence.pages)
-            sequence.num_computed = node.length
-            sequence.head_start = 0 if node.reads_ahead else None
+        self.waiting.start(sequence)
+        if sequence.ticket is None:
+            sequence.ticket = next(self._tickets)
+            sequence.reused = match.length if match else 0
+            if prefixes is not None and sequence.why_not_more is not None:
+                prefixes.misses[sequence.why_not_more] += 1
+        sequence.status = "running"
+        bisect.insort(self.running, sequence, key=lambda s: s.rank)
+        if match is not None and match.node is not None:
+            assert prefixes is not None
+            prefixes.use(match, sequence.slot, sequence.pages)
+            sequence.node = match.node
+            sequence.num_computed = match.length
+            sequence.head_start = 0 if match.node.reads_ahead else None
         return True
 
-    def _snapshot(self, sequence: LiveSequence, segment: Segment) -> None:
-        """Keep the state that the step just booked ended with, where that is wanted."""
-        done = sequence.num_computed
-        if self.prefixes is None or sequence.num_late or done not in sequence.snapshot_points:
+    def _claim(
+        self, sequence: LiveSequence, match: Match | None, shared: tuple[int, ...]
+    ) -> tuple[Match | None, tuple[int, tuple[int, ...]] | None]:
+        """Return slot and pages for `sequence`, and what of `match` it goes on from; else None.
+
+        Snapshots are evicted where that is enough, that of `match` only if nothing else helps.
+        """
+        prefixes, keep = self.prefixes, match.node if match else None
+        while (
+            granted := self.cache.admit(sequence.id, sequence.num_tokens, shared)
+        ) is None and prefixes is not None:
+            if prefixes.can_free(self._missing(sequence, shared), keep):
+                prefixes.evict(keep)
+            elif match is not None and not self.running:
+                match, shared, keep = None, (), None
+            else:
+                break
+        return match, granted
+
+    def _missing(self, sequence: LiveSequence, shared: tuple[int, ...]) -> int:
+        """Return how many pages more than are free `sequence` needs beside those `shared`."""
+        needed = self.cache.pages_for(sequence.num_tokens) - len(shared)
+        return max(needed - self.cache.pages.num_free, 0)
+
+    def _known(self, sequence: LiveSequence) -> tuple[Match | None, tuple[int, ...]]:
+        """Return from what snapshot `sequence` can go on, and the pages that it shares then."""
+        if self.prefixes is None:
+            return None, ()
+        if sequence.reads_all:
+            sequence.why_not_more = SCORED
+            return None, ()
+        match = self.prefixes.find(sequence.tokens, sequence.salt)
+        if sequence.ticket is None and not sequence.private:
+            sequence.why_not_more = match.why
+            self.prefixes.remember(sequence.tokens[: sequence.num_prompt], sequence.salt)
+            if match.common >= match.length + SPACING and match.common < sequence.num_prompt:
+                sequence.snapshot_points |= {match.common}  # others will part there, too
+        node = match.node
+        if node is None:
+            return None, ()
+        return match, node.pages[: node.length // self.cache.page_size]
+
+    def _snapshot(self, sequence: LiveSequence) -> None:
+        """Keep the state that the step just booked left in the slot, where that is wanted."""
+        done = sequence.num_settled
+        if self.prefixes is None:
+            return
+        wanted = done in sequence.snapshot_points
+        if not sequence.private and done > sequence.num_prompt:
+            last = max(sequence.node.length if sequence.node else 0, sequence.num_prompt)
+            kept = sequence.keep_every
+            wanted = bool(kept) and done >= last + kept
+            wanted = wanted or (sequence.finish is not None and done >= last + SPACING)
+        if not wanted or (sequence.node is not None and sequence.node.length >= done):
             return
         assert sequence.slot is not None
-        ahead = segment.head_start == 0
-        tokens = sequence.tokens[:done]
-        self.prefixes.take(tokens, sequence.salt, sequence.slot, sequence.pages, ahead)
+        node = self.prefixes.take(
+            sequence.tokens[:done],
+            sequence.salt,
+            sequence.slot,
+            sequence.pages,
+            sequence.head_start == 0,
+        )
+        if node is not None:
+            self._move_to(sequence, node)
+
+    def _move_to(self, sequence: LiveSequence, node: Node | None) -> None:
+        """Count `sequence` as come from `node` rather than from where it came before."""
+        if node is not None:
+            node.live += 1
+        if sequence.node is not None:
+            sequence.node.live -= 1
+        sequence.node = node
+
+    def _release_followers(self, leader: LiveSequence) -> None:
+        for sequence in self._followers.pop(leader.id, ()):
+            self.waiting.push(sequence)
 
     def _drop(self, sequence: LiveSequence) -> None:
         self._release(sequence, "finished")
         del self.sequences[sequence.id]
+        self._deadlines.pop(sequence.id, None)
+        self._release_followers(sequence)
+        if sequence.private:
+            self._private[sequence.salt] -= 1
+            if not self._private[sequence.salt]:
+                del self._private[sequence.salt]
+                if self.prefixes is not None:
+                    self.prefixes.forget(sequence.salt)
 
     def _release(self, sequence: LiveSequence, status: str) -> None:
+        self._move_to(sequence, None)
         self.cache.release(sequence.id)
         sequence.slot, sequence.pages = None, ()
         sequence.drafts, sequence.head_start = (), None
         sequence.status = status
+
+
+def _pool(sequence: LiveSequence, start: int, end: int) -> str | None:
+    """Say how to pool the rows [start, end): "mean" each of the prompt's, "last" its last."""
+    if sequence.pooling == "last":
+        return "last" if end == sequence.num_prompt else None
+    return sequence.pooling if start < sequence.num_prompt else None
+
+
+def _has_read(leader: LiveSequence) -> bool:
+    """Whether those that follow `leader` find a snapshot of the prompt by now."""
+    return leader.num_computed >= leader.num_prompt - 1 or leader.reads_all

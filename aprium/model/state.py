@@ -12,7 +12,7 @@ whatever the number of drafts.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -103,15 +103,52 @@ class HybridState:
         """Whether SSM states are kept in fewer bits than they are computed in."""
         return bool(self.ssm) and self.ssm[0].dtype != torch.float32
 
-    def copy(self, slots: Sequence[tuple[int, int]], pages: Sequence[tuple[int, int]]) -> None:
-        """Copy slots, and KV pages, (from, to), one after another."""
-        for group, pairs in (
-            ((*self.conv, *self.ssm, *self.ssm_scales), slots),
-            ((*self.keys, *self.values), pages),
-        ):
-            for source, target in pairs:
-                for buffer in group:
-                    buffer[target].copy_(buffer[source])
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy a recurrent state to another slot."""
+        for buffer in (*self.conv, *self.ssm, *self.ssm_scales):
+            buffer[target].copy_(buffer[source])
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a KV page to another."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target].copy_(buffer[source])
+
+    def export(self, slot: int, pages: Sequence[int], start: int, end: int) -> dict[str, Tensor]:
+        """Return copies of the state in `slot`, and of keys and values of tokens [start, end).
+
+        conv [layers, ...], ssm [layers, H, P, N], ssm_scales where there are any, keys and values
+        [layers, end - start, K, P]; in the dtypes of the buffers.
+        """
+        found = {
+            name: torch.stack([_plain(buffer[slot]) for buffer in group])
+            for name, group in (("conv", self.conv), ("ssm", self.ssm), ("scales", self.ssm_scales))
+            if group
+        }
+        first = start // self.page_size
+        ids = torch.tensor(pages[first : -(-end // self.page_size)], dtype=torch.int64)
+        skip = start - first * self.page_size
+        for name, group in (("keys", self.keys), ("values", self.values)):
+            if group:
+                rows = [_plain(buffer)[ids].flatten(0, 1)[skip:] for buffer in group]
+                found[name] = torch.stack([r[: end - start] for r in rows])
+        return found
+
+    def restore_slot(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        """Put the recurrent state that `export` gave into `slot`."""
+        for name, group in (("conv", self.conv), ("ssm", self.ssm), ("scales", self.ssm_scales)):
+            for layer, buffer in enumerate(group):
+                _plain(buffer[slot]).copy_(tensors[name][layer])
+
+    def restore_pages(
+        self, pages: Sequence[int], start: int, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Put keys and values that `export` gave for tokens from `start` on into `pages`."""
+        for name, group in (("keys", self.keys), ("values", self.values)):
+            for layer, buffer in enumerate(group):
+                rows = tensors[name][layer]
+                places = torch.arange(start, start + len(rows))
+                held = torch.tensor(pages, dtype=torch.int64)[places // self.page_size]
+                _plain(buffer)[held, places % self.page_size] = rows
 
     @contextmanager
     def widened(self, layout: Layout) -> Iterator[tuple["HybridState", Layout]]:
@@ -165,3 +202,8 @@ class HybridState:
         """Bytes of all buffers together."""
         groups = (self.conv, self.ssm, self.ring, self.ssm_scales, self.keys, self.values)
         return sum(t.numel() * t.element_size() for group in groups for t in group)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """View FP8 values as bytes, which torch can index and copy."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

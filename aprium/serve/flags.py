@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from aprium.base.errors import UnsupportedError
 
-Kind = Literal["text", "int", "count", "switch", "json", "words"]
+Kind = Literal["text", "int", "float", "count", "switch", "json", "words"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +127,40 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         name="enable-prefix-caching",
         kind="switch",
-        default=False,
+        default=True,
         help="Go on from states kept of earlier prompts that begin alike.",
     ),
+    Flag(
+        name="snapshot-memory-bytes",
+        kind="count",
+        help="Memory for states kept of prompts, also as 2G; default: up to 32 states.",
+    ),
+    Flag(
+        name="snapshot-interval",
+        kind="count",
+        default=4096,
+        help="Tokens of a long prompt between states kept for its length alone.",
+    ),
+    Flag(
+        name="prefix-cache-ram-bytes",
+        kind="count",
+        help="Memory for copies of states, also as 2G; 0: none; default: up to 2 GiB.",
+    ),
+    Flag(
+        name="prefix-cache-dir",
+        help="Directory for copies of states, which outlive the server.",
+    ),
+    Flag(
+        name="prefix-cache-disk-bytes",
+        kind="count",
+        help="Most that directory may hold, also as 50G; default: no limit.",
+    ),
+    Flag(
+        name="memory-utilization",
+        kind="float",
+        help="Share of the machine's memory that may be in use; default: half of what is free.",
+    ),
+    Flag(name="gpu-memory-utilization", kind="float", help="The same, by its name elsewhere."),
     Flag(
         name="speculative-config",
         kind="json",
@@ -176,7 +207,6 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(name="runner", accepts=("auto", "generate"), remedy="models only generate", takes=False),
     Flag(name="task", accepts=("auto", "generate"), remedy="models only generate", takes=False),
-    Flag(name="gpu-memory-utilization", takes=False),
     Flag(name="swap-space", takes=False),
     Flag(name="mamba-backend", takes=False),
     Flag(name="mamba-ssu-algorithm", takes=False),

@@ -19,7 +19,8 @@ from aprium.base.records import RECOMMENDED_SAMPLING, SamplingParams
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.load import read_plan
 from aprium.engine.client import AsyncEngine
-from aprium.engine.engine import EngineConfig, load
+from aprium.engine.config import EngineConfig
+from aprium.engine.engine import load
 from aprium.model.config import QuantConfig
 from aprium.serve.app import ServeConfig, create_app
 from aprium.text.chat import ChatTemplate
@@ -31,7 +32,13 @@ _ENGINE_FIELDS = {
     "kv-cache-dtype": "kv_cache_dtype",
     "mamba-ssm-cache-dtype": "mamba_ssm_cache_dtype",
     "enable-mamba-cache-stochastic-rounding": "mamba_cache_stochastic_rounding",
+    "memory-utilization": "memory_utilization",
     "enable-prefix-caching": "enable_prefix_caching",
+    "snapshot-memory-bytes": "snapshot_bytes",
+    "snapshot-interval": "snapshot_interval",
+    "prefix-cache-ram-bytes": "prefix_cache_ram_bytes",
+    "prefix-cache-dir": "prefix_cache_dir",
+    "prefix-cache-disk-bytes": "prefix_cache_disk_bytes",
     "speculative-config": "speculative",
     "load": "load",
     "max-model-len": "max_model_len",
@@ -86,6 +93,8 @@ def launch(model: str, flags: Mapping[str, Any]) -> None:
 def engine_config(model: str, flags: Mapping[str, Any]) -> EngineConfig:
     """Return the configuration of the engine that `flags` ask for."""
     given = {field: flags[name] for name, field in _ENGINE_FIELDS.items()}
+    if given["memory_utilization"] is None:
+        given["memory_utilization"] = flags["gpu-memory-utilization"]
     return from_dict(
         EngineConfig,
         {

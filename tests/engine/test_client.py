@@ -12,7 +12,7 @@ from aprium.base.errors import ConfigError, EngineError, RequestError, TemplateE
 from aprium.base.records import Message, SamplingParams
 from aprium.checkpoint.load import Checkpoint
 from aprium.engine.client import LLM, AsyncEngine
-from aprium.engine.engine import EngineConfig
+from aprium.engine.config import EngineConfig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)

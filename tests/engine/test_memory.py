@@ -7,7 +7,7 @@ import torch
 
 from aprium.base.errors import ConfigError
 from aprium.base.memory import available_bytes
-from aprium.engine.memory import plan_cache
+from aprium.engine.memory import FORK_SNAPSHOTS, Budget, plan_cache
 from aprium.model.presets import preset
 from aprium.model.state import HybridState
 
@@ -22,8 +22,10 @@ def plan(name="nano", *, free=64 * GIB, **options):
         "max_num_seqs": 4,
         "page_size": 64,
         "kv_cache_bytes": None,
+        "caches": False,
+        "budget": Budget(free_bytes=free, state_bytes=free // 2, store_bytes=0),
     }
-    return plan_cache(preset(name), **(defaults | options), free_bytes=free)
+    return plan_cache(preset(name), **(defaults | options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
@@ -32,7 +34,7 @@ def test_planned_bytes_are_the_allocated_ones(dtype, ssm_dtype):
     dtypes = {"dtype": dtype, "ssm_dtype": ssm_dtype}
     sizes = plan("toy", max_model_len=100, page_size=16, **dtypes)
     state = HybridState.allocate(
-        preset("toy"), num_slots=4, num_pages=sizes.num_pages, page_size=16, **dtypes
+        preset("toy"), num_slots=sizes.num_slots, num_pages=sizes.num_pages, page_size=16, **dtypes
     )
     assert state.num_bytes == sizes.kv_bytes + sizes.state_bytes
 
@@ -75,3 +77,20 @@ def test_a_context_beyond_the_models_own_is_allowed_aloud(caplog):
 
 def test_this_machine_has_memory():
     assert available_bytes() > 1 << 20
+
+
+def test_snapshots_and_copies_come_out_of_the_budget():
+    budget = Budget(free_bytes=64 * GIB, state_bytes=32 * GIB, ring_bytes=1000, step_bytes=2000)
+    sizes = plan("nano", caches=True, budget=budget)
+    assert sizes.num_snapshots == 32 and sizes.num_slots == 36
+    assert sizes.store_bytes == 2 * GIB
+    taken = sizes.kv_bytes + sizes.state_bytes + sizes.store_bytes + 36 * 1000 + 2000
+    assert taken <= 32 * GIB
+    table = sizes.table(5 * GIB)
+    assert "5.00 GiB" in table and "36" not in table and f"{sizes.num_pages} pages" in table
+    small = plan("nano", caches=True, budget=Budget(free_bytes=4 * GIB, state_bytes=2 * GIB))
+    assert FORK_SNAPSHOTS < small.num_snapshots < 32
+    fixed = Budget(free_bytes=64 * GIB, state_bytes=32 * GIB, snapshot_bytes=3 * sizes.slot_bytes)
+    assert plan("nano", caches=True, budget=fixed).num_snapshots == 3
+    with pytest.raises(ConfigError, match="one snapshot takes"):
+        plan(caches=True, budget=Budget(free_bytes=GIB, state_bytes=GIB, snapshot_bytes=9))

@@ -11,7 +11,8 @@ from aprium.base.errors import ConfigError
 from aprium.base.records import Request, SamplingParams
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
-from aprium.engine.engine import Engine, EngineConfig
+from aprium.engine.config import EngineConfig
+from aprium.engine.engine import Engine
 from aprium.engine.memory import page_bytes
 from aprium.engine.speculative import DraftLength, SpeculativeConfig, count_accepted, look_up
 from aprium.model.layout import Layout
@@ -73,6 +74,7 @@ def plain(pico, requests):
 def test_same_tokens_and_logprobs(pico, requests, plain, spec, options):
     engine = engine_of(pico, spec, **options)
     assert run(engine, requests) == plain
+    engine.reset_prefix_cache()
     stats = engine.stats()
     assert sum(stats.drafts_compared) > 0
     assert stats.pages_free == stats.pages_total and stats.slots_free == stats.slots_total

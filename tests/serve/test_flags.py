@@ -108,7 +108,7 @@ def test_values_that_change_nothing() -> None:
         "swap-space": "0",
     }
     taken, ignored = read(harmless)
-    assert ignored == ["gpu-memory-utilization", "swap-space", "enforce-eager"]
+    assert ignored == ["swap-space", "enforce-eager"]
     assert not set(taken) & set(harmless)
     assert (taken["host"], taken["port"], taken["dtype"]) == ("127.0.0.1", 8000, "auto")
 
