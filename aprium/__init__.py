@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from aprium.base.records import Completion, Message, SamplingParams
     from aprium.engine.client import LLM, AsyncEngine
     from aprium.engine.config import EngineConfig
+    from aprium.engine.conversation import Session
     from aprium.engine.engine import Engine
 
 _EXPORTS = {
@@ -15,6 +16,7 @@ _EXPORTS = {
     "AsyncEngine": "aprium.engine.client",
     "Engine": "aprium.engine.engine",
     "EngineConfig": "aprium.engine.config",
+    "Session": "aprium.engine.conversation",
     "SamplingParams": "aprium.base.records",
     "Message": "aprium.base.records",
     "Completion": "aprium.base.records",
@@ -28,6 +30,7 @@ __all__ = [
     "EngineConfig",
     "Message",
     "SamplingParams",
+    "Session",
     "__version__",
 ]
 

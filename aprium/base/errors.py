@@ -4,6 +4,8 @@ Raised at boundaries (user, file and network input); inside, the code asserts. `
 the message of an `ApriumError` as one line, and the HTTP surface turns it into a JSON error.
 """
 
+from typing import Literal
+
 
 class ApriumError(Exception):
     """Base of every error this package raises on purpose."""
@@ -31,6 +33,14 @@ class RequestError(ApriumError):
 
 class UnsupportedError(ApriumError):
     """A flag or feature that other engines have and this one does not."""
+
+
+class SessionError(ApriumError):
+    """A session is not there ("unknown"), in use ("busy"), or its file cannot be used ("file")."""
+
+    def __init__(self, message: str, reason: Literal["unknown", "busy", "file"]) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class EngineError(ApriumError):

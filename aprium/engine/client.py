@@ -28,12 +28,15 @@ from aprium.engine.config import EngineConfig, EngineStats
 from aprium.engine.engine import Engine, load
 from aprium.engine.owner import Owner
 from aprium.engine.prompts import Prompt, encode_prompt, split_prompts
+from aprium.engine.sessions import Sessions
 from aprium.ops.sample import derive_seed
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 _ids = itertools.count()
+# Tokens that were generated earlier, and their log-probabilities.
+Said = tuple[tuple[int, ...], tuple[float, ...]]
 
 
 class LLM:
@@ -55,7 +58,24 @@ class LLM:
         self._owner = Owner(self._engine)
         self.generation_config = checkpoint.generation_config
         self.max_model_len = self._engine.max_model_len
+        self.sessions = Sessions(self._owner, self.config.session_dir)
         self._close = weakref.finalize(self, self._owner.close)
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
+        """Return the token ids of a prompt, as `generate` takes it."""
+        return encode_prompt(
+            prompt,
+            self.tokenizer,
+            self._template,
+            tools=tools or (),
+            template_kwargs=chat_template_kwargs,
+        )
 
     def generate(
         self,
@@ -88,11 +108,10 @@ class LLM:
                 f"{len(params)} params for {len(split)} prompts: give one, or one each",
                 param="params",
             )
-        options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
         jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
         for prompt, some in zip(split, params, strict=True):
             _check_params(some)
-            tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
+            tokens = self.encode(prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
             jobs.add(tokens, some, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt)
         for _ in self._run(jobs):
             pass
@@ -114,18 +133,34 @@ class LLM:
         """
         _check_params(params)
         _check_streams(params)
-        options = {"tools": tools or (), "template_kwargs": chat_template_kwargs}
-        tokens = encode_prompt(prompt, self.tokenizer, self._template, **options)
+        tokens = self.encode(prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        return self.stream_tokens(tokens, params)
+
+    def stream_tokens(
+        self,
+        tokens: tuple[int, ...],
+        params: SamplingParams | None,
+        said: Said = ((), ()),
+        **options: Any,
+    ) -> Iterator[Completion]:
+        """Continue `tokens` and yield the completion as it grows, at least once.
+
+        `said` is what an earlier run had come to, with which this one begins; its last token is
+        chosen anew, so that an end is found again. `options` are other fields of a `Request`.
+        """
+        said = said[0][:-1], said[1][:-1]
         jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
-        jobs.add(tokens, params)
-        return (a.completion() for batch in self._run(jobs) for a in batch)
+        jobs.add(tokens, params, said=said, **options)
+        started = [a.completion() for a in jobs.assemblers.values() if said[0]]
+        grown = (a.completion() for batch in self._run(jobs) for a in batch)
+        return itertools.chain(started, grown)
 
     def score(self, tokens: Sequence[int] | str) -> list[float | None]:
         """Return the natural-log probability of each token given those before it.
 
         Entry 0 is None: nothing comes before the first token.
         """
-        ids = encode_prompt(tokens, self.tokenizer, self._template)
+        ids = self.encode(tokens)
         params = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=0)
         (completion,) = self.generate([ids], params)
         assert completion.prompt_logprobs is not None
@@ -145,7 +180,7 @@ class LLM:
         """
         jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
         for prompt in split_prompts(prompts):
-            tokens = encode_prompt(prompt, self.tokenizer, self._template)
+            tokens = self.encode(prompt)
             jobs.add(tokens, SamplingParams(max_tokens=0, temperature=0), pooling=pooling)
         for _ in self._run(jobs):
             pass
@@ -207,6 +242,7 @@ class AsyncEngine:
         self.generation_config = checkpoint.generation_config
         self.model_config = checkpoint.config
         self.max_model_len = self._engine.max_model_len
+        self.sessions = Sessions(self._owner, config.session_dir)
         self._close = weakref.finalize(self, self._owner.close)
 
     @property
@@ -316,12 +352,14 @@ class _Jobs:
         tokens: tuple[int, ...],
         params: SamplingParams | None,
         request_id: str | None = None,
+        said: Said = ((), ()),
         **options: Any,
     ) -> None:
         """Add the continuations of a prompt; `options` are fields of `Request`.
 
-        The first reads the prompt and the others follow. Raises RequestError when they can never
-        be served, EngineError when the engine has stopped.
+        The first reads the prompt and the others follow. `said` are tokens, and their
+        log-probabilities, of an earlier run that is gone on with. Raises RequestError when they
+        can never be served, EngineError when the engine has stopped.
         """
         if params is None:
             params = default_params(self._generation_config)
@@ -344,17 +382,21 @@ class _Jobs:
                 params=dataclasses.replace(params, n=1, best_of=None, seed=seed),
                 leads=count > 1 and index == 0,
                 follows=ids[0] if index else None,
+                generated=said[0],
                 **options,
             )
             if index == 0:
                 self._owner.check(request)
-            self._requests.append(request)
-            self.assemblers[id] = Assembler(
+            self.assemblers[id] = assembler = Assembler(
                 prompt_tokens=tokens,
                 stop=params.stop,
                 stream=None if self._tokenizer is None else self._tokenizer.stream(),
                 index=index,
             )
+            if said[0]:
+                assembler.push(Delta(id=id, tokens=said[0], logprobs=said[1]))
+            if assembler.finish is None:
+                self._requests.append(request)
         self._groups.append((params.n, ids))
 
     @property
@@ -376,7 +418,7 @@ class _Jobs:
     def submit(self, sink: Any) -> None:
         """Hand all requests to the engine."""
         self._owner.submit(self._requests, sink)
-        self.open = set(self.assemblers)
+        self.open = {request.id for request in self._requests}
 
     def push(self, batch: list[Delta] | EngineError) -> list[Assembler]:
         """Book deltas and return the continuations they changed; raises an engine's failure."""

@@ -42,6 +42,7 @@ class EngineConfig:
     with the same bits. Copies of them, and states of preempted sequences, are kept in
     `prefix_cache_ram_bytes` (None fits the machine, 0: none) and in `prefix_cache_dir`, up to
     `prefix_cache_disk_bytes` (None: no limit), where another process finds them.
+    `session_dir` keeps sessions, and what they need to be resumed after a crash.
     `memory_utilization` is the share of the machine's memory that may be in use, other programs
     and weights included; None takes half of what is free when the weights are loaded.
     `speculative` drafts tokens and verifies them, which changes speed and nothing else.
@@ -67,6 +68,7 @@ class EngineConfig:
     prefix_cache_ram_bytes: int | None = None
     prefix_cache_dir: Path | None = None
     prefix_cache_disk_bytes: int | None = None
+    session_dir: Path | None = None
     load_format: Literal["auto", "dummy"] = "auto"
     load: Literal["auto", "memory", "mmap"] = "auto"
     seed: int | None = None

@@ -6,7 +6,7 @@ business; text is not known here. What outlives a request is `engine/sessions`'.
 
 import random
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -20,12 +20,12 @@ from aprium.checkpoint.load import Checkpoint, load_checkpoint, update_weights
 from aprium.engine.cache import Cache
 from aprium.engine.config import CACHE_DTYPES, DTYPES, SSM_DTYPES, EngineConfig, EngineStats
 from aprium.engine.memory import Budget, plan_cache, step_bytes
-from aprium.engine.prefix import PrefixCache
+from aprium.engine.prefix import Meta, Node, PrefixCache
 from aprium.engine.request import LiveSequence
 from aprium.engine.runner import Runner, SegmentResult
 from aprium.engine.scheduler import SPACING, Outcome, Scheduler, StepPlan
 from aprium.engine.speculative import DraftLength, look_up
-from aprium.engine.store import SnapshotStore, fingerprint
+from aprium.engine.store import SnapshotStore, fingerprint, join
 from aprium.model.native import bind
 from aprium.model.state import HybridState
 from aprium.ops import _native
@@ -132,7 +132,9 @@ class Engine:
 
     def _store_directory(self) -> Path | None:
         """Return where states of exactly these weights and settings are kept on disk."""
-        base = self.config.prefix_cache_dir
+        base, sessions = self.config.prefix_cache_dir, self.config.session_dir
+        if base is None and sessions is not None and self.config.enable_prefix_caching:
+            base = sessions / "states"
         return None if base is None else base / self.fingerprint()
 
     def fingerprint(self) -> str:
@@ -281,6 +283,41 @@ class Engine:
             self.store.reset(self._store_directory())
         self.weight_version += 1
         return self.weight_version
+
+    def hold(self, tokens: Sequence[int], salt: str, before: Node | None = None) -> Node | None:
+        """Keep the longest snapshot of `tokens` as long as there is room, rather than `before`."""
+        prefixes = self.scheduler.prefixes
+        assert prefixes is not None
+        node = prefixes.find((*tokens, -1), salt).node if tokens else None
+        prefixes.hold(node, before)
+        return node
+
+    def export_state(
+        self, tokens: Sequence[int], salt: str
+    ) -> tuple[Meta, dict[str, Tensor]] | None:
+        """Return the state after the longest beginning of `tokens` that has one, and what it is."""
+        prefixes = self.scheduler.prefixes
+        assert prefixes is not None
+        self.runner.apply(prefixes.drain())
+        match = prefixes.find((*tokens, -1), salt)
+        node = match.node
+        if node is None:
+            return None
+        if node.slot is not None:
+            tensors = self.runner.state.export(node.slot, node.pages, 0, node.length)
+        else:
+            tensors = join(match.parts)
+        known = tuple(tokens[: node.length])
+        return Meta("", None, salt, node.length, known, node.reads_ahead), tensors
+
+    def import_state(self, meta: Meta, tensors: Mapping[str, Tensor]) -> None:
+        """Take up a state that `export_state` gave, of the same weights and settings."""
+        prefixes = self.scheduler.prefixes
+        assert prefixes is not None
+        if self.store is not None:
+            named = prefixes.adopt(meta.edge, meta.salt, meta.reads_ahead)
+            if named is not None:
+                self.store.put(named, dict(tensors))
 
     def reset_prefix_cache(self) -> None:
         """Forget all snapshots, those on disk too; running sequences are not touched."""

@@ -81,7 +81,13 @@ class Load(NamedTuple):
     pages: tuple[int, ...]
 
 
-Operation = CopySlot | CopyPage | Save | Load
+class Drop(NamedTuple):
+    """Let the store give up `key`."""
+
+    key: str
+
+
+Operation = CopySlot | CopyPage | Save | Load | Drop
 
 
 class Store(Protocol):
@@ -126,7 +132,8 @@ class Match(NamedTuple):
 class Node:
     """A prefix of `length` tokens; `edge` are its last ones, after the parent's.
 
-    `live` counts the sequences and sessions that came from it. `key` names it in the store.
+    `live` counts the sequences and sessions that came from it. `key` names it in the store. It is
+    `transient` where it only serves to resume one answer, until the next one of that is taken.
     """
 
     edge: tuple[int, ...]
@@ -142,6 +149,7 @@ class Node:
     used: int = 0
     live: int = 0
     key: str = ""
+    transient: bool = False
 
 
 class PrefixCache:
@@ -215,15 +223,23 @@ class PrefixCache:
         return SALT if any(_walk(root, tokens).known for root in others) else FIRST_TIME
 
     def take(
-        self, tokens: Sequence[int], salt: str, slot: int, pages: tuple[int, ...], ahead: bool
+        self,
+        tokens: Sequence[int],
+        salt: str,
+        slot: int,
+        pages: tuple[int, ...],
+        ahead: bool,
+        transient: bool = False,
+        before: Node | None = None,
     ) -> Node | None:
         """Keep the state in `slot` and the KV in `pages` after exactly `tokens`, if there is room.
 
         The copies are asked for; whoever owns `slot` and `pages` may go on once they are made.
-        Returns the node, None where there was no room for a snapshot.
+        `before`, which the same sequence came from, may give way. Returns the node, None where there was no room for a snapshot.
         """
         node = self._insert(tokens, salt)
         node.used = next(self._clock)
+        node.transient = transient
         if node.slot is not None:
             return node
         full, rest = divmod(len(tokens), self._cache.page_size)
@@ -232,7 +248,7 @@ class PrefixCache:
             or not self._cache.slots.num_free
             or self._cache.pages.num_free < bool(rest)
         ):
-            if not self.evict(live=False):
+            if not self.evict(live=False, before=before):
                 return None
         node.owner = f"prefix {next(self._clock)}"
         (node.slot,) = self._cache.slots.take(node.owner, 1)
@@ -282,7 +298,9 @@ class PrefixCache:
             return
         node.key = node.key or _key(tokens, salt)
         above = node.parent
-        while above is not None and not (above.key and self._is_saved(above.key)):
+        while above is not None and not (
+            above.key and not above.transient and self._is_saved(above.key)
+        ):
             above = above.parent
         start = above.length if above is not None else 0
         parent = above.key if above is not None else None
@@ -303,7 +321,7 @@ class PrefixCache:
         """
         node = match.node
         assert node is not None
-        node.live += 1
+        self.hold(node)
         self.num_reused += node.length
         if node.slot is None:
             self.num_restored += 1
@@ -313,6 +331,32 @@ class PrefixCache:
         full, rest = divmod(node.length, self._cache.page_size)
         if rest:
             self._operations.append(CopyPage(node.pages[full], pages[full]))
+
+    def hold(self, node: Node | None, before: Node | None = None) -> None:
+        """Count a sequence or session as come from `node`, rather than from `before`."""
+        if node is not None:
+            node.live += 1
+        if before is not None:
+            before.live -= 1
+            if before.transient and not before.live:
+                if before.slot is not None:
+                    self._free(before)
+                if before.key:  # after its successor is saved
+                    self._operations.append(Drop(before.key))
+
+    def adopt(self, tokens: Sequence[int], salt: str, ahead: bool) -> Meta | None:
+        """Make the node of a state that comes from elsewhere; None where it is known.
+
+        Returns what to give the state to the store as.
+        """
+        node = self._insert(tokens, salt)
+        if node.slot is not None or self._store is None:
+            return None
+        node.used, node.reads_ahead = next(self._clock), ahead
+        node.key = _key(tokens, salt)
+        if self._store.has(node.key):
+            return None
+        return Meta(node.key, None, salt, node.length, tuple(tokens), ahead)
 
     def can_free(self, num_pages: int, keep: Node | None = None) -> bool:
         """Whether evicting all but `keep` gives a slot and `num_pages` pages to others."""
@@ -324,13 +368,18 @@ class PrefixCache:
         others = len(self._nodes) - (keep is not None and keep.slot is not None)
         return alone >= num_pages and bool(others or self._cache.slots.num_free)
 
-    def evict(self, keep: Node | None = None, live: bool = True) -> bool:
+    def evict(
+        self, keep: Node | None = None, live: bool = True, before: Node | None = None
+    ) -> bool:
         """Give up the least recently used snapshot other than `keep`; False if there is none.
 
-        One that a live sequence came from goes last, and with `live` False not at all.
+        One that a live sequence came from goes last, and with `live` False not at all, unless it
+        is `before` and no other came from it.
         """
         candidates = [
-            node for node in self._nodes.values() if node is not keep and (live or not node.live)
+            node
+            for node in self._nodes.values()
+            if node is not keep and (live or node.live <= (node is before))
         ]
         if not candidates:
             return False

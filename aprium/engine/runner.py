@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aprium.base.errors import EngineError
 from aprium.base.records import TopLogprobs
-from aprium.engine.prefix import CopyPage, CopySlot, Operation, Save
+from aprium.engine.prefix import CopyPage, CopySlot, Drop, Operation, Save
 from aprium.engine.scheduler import Segment, StepPlan
 from aprium.engine.speculative import count_accepted
 from aprium.engine.store import SnapshotStore
@@ -102,6 +102,9 @@ class Runner:
                 meta = order.meta
                 tensors = self.state.export(order.slot, order.pages, meta.start, meta.length)
                 self.store.put(meta, tensors)
+            elif isinstance(order, Drop):
+                assert self.store is not None
+                self.store.drop(order.key)
             else:
                 for part in order.parts:
                     self.state.restore_pages(order.pages, part.start, part.tensors)

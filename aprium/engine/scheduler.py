@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from aprium.base.records import SamplingParams
 from aprium.engine.cache import Cache
-from aprium.engine.prefix import SCORED, Match, Node, Operation, PrefixCache
+from aprium.engine.prefix import SCORED, Match, Operation, PrefixCache
 from aprium.engine.request import LiveSequence
 from aprium.engine.waiting import Waiting
 
@@ -448,17 +448,12 @@ class Scheduler:
             sequence.slot,
             sequence.pages,
             sequence.head_start == 0,
+            transient=done > sequence.num_prompt and sequence.finish is None,
+            before=sequence.node,
         )
         if node is not None:
-            self._move_to(sequence, node)
-
-    def _move_to(self, sequence: LiveSequence, node: Node | None) -> None:
-        """Count `sequence` as come from `node` rather than from where it came before."""
-        if node is not None:
-            node.live += 1
-        if sequence.node is not None:
-            sequence.node.live -= 1
-        sequence.node = node
+            self.prefixes.hold(node, sequence.node)
+            sequence.node = node
 
     def _release_followers(self, leader: LiveSequence) -> None:
         for sequence in self._followers.pop(leader.id, ()):
@@ -477,7 +472,9 @@ class Scheduler:
                     self.prefixes.forget(sequence.salt)
 
     def _release(self, sequence: LiveSequence, status: str) -> None:
-        self._move_to(sequence, None)
+        if self.prefixes is not None:
+            self.prefixes.hold(None, sequence.node)
+        sequence.node = None
         self.cache.release(sequence.id)
         sequence.slot, sequence.pages = None, ()
         sequence.drafts, sequence.head_start = (), None

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from aprium.model.model import HybridModel
 _DIGEST_BYTES = 32
 _SUFFIX = ".snapshot"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of each tensor, for the fingerprint
+_PER_TOKEN = ("keys", "values")
 _WAITING = 8  # snapshots that may wait to be written
 _logger = get_logger("engine")
 
@@ -61,6 +62,13 @@ def unpack(data: bytes) -> tuple[Meta, Tensors] | None:
     return None if meta is None else (meta, safetensors.torch.load(rest))
 
 
+def join(parts: Sequence[Part]) -> Tensors:
+    """Return the snapshot that `parts` lead to with all keys and values from the first token on."""
+    whole = {name: torch.cat([p.tensors[name] for p in parts], 1) for name in _PER_TOKEN
+             if name in parts[-1].tensors}  # fmt: skip
+    return parts[-1].tensors | whole
+
+
 class SnapshotStore:
     """Snapshots by key: up to `ram_bytes` in memory, up to `disk_bytes` (None: any) in `directory`.
 
@@ -80,7 +88,7 @@ class SnapshotStore:
         self.ram_used = self.disk_used = 0
         self.num_saved = self.num_damaged = 0
         self._directory: Path | None = None
-        self._queue: queue.Queue[tuple[Path, Meta, Tensors] | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[tuple[Path, Meta | None, Tensors] | None] = queue.Queue(_WAITING)
         self._unwritten: dict[str, Tensors] = {}
         self._writer: threading.Thread | None = None
         if directory is not None:
@@ -124,7 +132,7 @@ class SnapshotStore:
             self._queue.put(None)
             self._writer.join()
             self._writer = None
-            self._settle()
+            self._shrink()
 
     def has(self, key: str) -> bool:
         """Whether `key` was saved and not given up since."""
@@ -198,8 +206,10 @@ class SnapshotStore:
             self.ram_used -= _size(self._ram.pop(key))
         if key in self._disk:
             self.disk_used -= self._disk.pop(key)
-            with contextlib.suppress(OSError):
-                self._path(key).unlink()
+            if self._writer is not None:  # after what is to be written before
+                self._queue.put((self._path(key), None, {}))
+            else:
+                self._path(key).unlink(missing_ok=True)
 
     def _note(self, meta: Meta) -> None:
         self._metas[meta.key] = meta
@@ -249,13 +259,17 @@ class SnapshotStore:
             path, meta, tensors = order
             partial = path.with_suffix(".partial")
             try:
+                if meta is None:
+                    path.unlink(missing_ok=True)
+                    continue
                 with open(partial, "wb", opener=_private) as file:
                     file.write(pack(meta, tensors))
                 partial.replace(path)
             except OSError as error:
                 _logger.warning("%s cannot be written, and is not kept: %s", path, error)
-                partial.unlink(missing_ok=True)
-                self._unwritten.pop(meta.key, None)
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                self._unwritten.pop(path.stem, None)
 
     def _path(self, key: str) -> Path:
         assert self._directory is not None

@@ -103,7 +103,6 @@ def test_values_that_change_nothing() -> None:
         "mamba-cache-dtype": "float32",
         "reasoning-parser": "nano-v3",
         "tool-call-parser": "qwen3_coder",
-        "gpu-memory-utilization": "0.9",
         "enforce-eager": True,
         "swap-space": "0",
     }

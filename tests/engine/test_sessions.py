@@ -1,0 +1,184 @@
+"""Sessions: exact continuation, forks, files, and turns resumed after a crash."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from aprium import LLM, SamplingParams, Session
+from aprium.base.errors import EngineError, RequestError, SessionError
+from aprium.base.records import Message
+from aprium.engine.sessions import Running
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+SAMPLED = SamplingParams(temperature=0.9, max_tokens=150, seed=3, ignore_eos=True)
+QUIET = {"enable_thinking": False}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM("pico", max_num_seqs=4, max_model_len=1024) as model:
+        yield model
+
+
+def test_a_session_says_what_the_whole_conversation_would(llm):
+    session = Session(llm, messages=[{"role": "system", "content": "Be brief."}])
+    first = session.chat("What is 3 + 4?", GREEDY, chat_template_kwargs=QUIET)
+    second = session.chat("And 5 + 1?", GREEDY, chat_template_kwargs=QUIET)
+    assert [m.role for m in session.messages] == [
+        "system", "user", "assistant", "user", "assistant"
+    ]  # fmt: skip
+    assert session.messages[2].content == first.text
+    with LLM("pico", enable_prefix_caching=False, max_model_len=1024) as plain:
+        (expected,) = plain.generate(
+            [*session.messages[:-1]], GREEDY, chat_template_kwargs=QUIET
+        )
+    assert (second.tokens, second.logprobs) == (expected.tokens, expected.logprobs)
+    assert session.tokens == (*second.prompt_tokens, *second.tokens)
+
+
+def test_plain_tokens_go_on_exactly_where_they_stopped(llm):
+    params = dataclasses.replace(GREEDY, ignore_eos=True, max_tokens=50)
+    (whole,) = llm.generate("Once upon a time", dataclasses.replace(params, max_tokens=150))
+    session = Session(llm)
+    found = session.generate("Once upon a time", params).tokens
+    for _ in range(2):
+        turn = session.generate((), params)
+        assert turn.reused >= len(turn.prompt_tokens) - 2
+        found += turn.tokens
+    assert found == whole.tokens
+
+
+def test_forks_share_the_past_and_part_ways(llm):
+    session = Session(llm)
+    session.generate("The cat sat on the mat and looked at the " * 4, GREEDY)
+    twins = [session.fork(), session.fork(f"fork-{os.getpid()}")]
+    said = [t.generate(" dog", GREEDY) for t in twins]
+    assert said[0].tokens == said[1].tokens
+    assert twins[0].tokens == twins[1].tokens != session.tokens
+    assert all(turn.reused > 32 for turn in said)
+    twins[0].delete()
+    with pytest.raises(SessionError, match="create it first"):
+        twins[0].generate(" bird", GREEDY)
+    assert twins[1].generate(" bird", GREEDY).finish is not None
+
+
+def test_a_file_has_the_state_in_it(llm, tmp_path):
+    session = Session(llm)
+    session.generate("A long text that is worth keeping, for it has many words in it. " * 3, SAMPLED)
+    path = session.save(tmp_path / "s.aprium")
+    expected = session.fork().generate(" More.", GREEDY)
+    with LLM("pico", max_num_seqs=4, max_model_len=1024) as other:
+        loaded = Session.load(other, path)
+        assert loaded.tokens == session.tokens and loaded.id == session.id
+        found = loaded.generate(" More.", GREEDY)
+        assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
+        assert found.reused >= len(session.tokens) - 2
+        with pytest.raises(SessionError, match="already"):
+            Session.load(other, path)
+    with LLM("pico", activation_dtype="bfloat16", max_model_len=1024) as other:
+        loaded = Session.load(other, path, "again")
+        assert loaded.generate(" More.", GREEDY).reused == 0  # computed anew in its own precision
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SessionError, match="damaged"):
+        Session.load(llm, path, "third")
+
+
+def test_what_cannot_be_is_refused(llm, tmp_path):
+    session = Session(llm)
+    with pytest.raises(RequestError, match="fork it"):
+        session.generate("a", dataclasses.replace(GREEDY, n=2))
+    with pytest.raises(SessionError, match="no turn to resume"):
+        session.resume()
+    with pytest.raises(SessionError, match="session_dir"):
+        session.save()
+    with pytest.raises(SessionError, match="letters, digits"):
+        Session(llm, "../up")
+    with pytest.raises(SessionError, match="cannot be read"):
+        Session.load(llm, tmp_path / "none")
+    llm.sessions.begin(session.id, Running(prompt=(1,), params=GREEDY))
+    with pytest.raises(SessionError, match="is answering"):
+        session.generate("a", GREEDY)
+    with pytest.raises(SessionError, match="is answering"):
+        session.delete()
+
+
+def test_sessions_of_a_directory_are_there_again(tmp_path):
+    options = {"session_dir": tmp_path, "max_model_len": 512}
+    with LLM("pico", **options) as llm:
+        session = Session(llm, "kept", messages=[Message(role="user", content="Hi")])
+        first = session.generate("One two three four five six seven eight nine ten. " * 3, GREEDY)
+        Session(llm, "gone").delete()
+    with LLM("pico", **options) as llm:
+        assert [r.id for r in llm.sessions.all()] == ["kept"]
+        again = Session(llm, "kept")
+        assert again.tokens == (*first.prompt_tokens, *first.tokens)
+        assert again.messages[0].content == "Hi"
+        assert again.generate(" eleven", GREEDY).reused > 32
+
+
+CRASH = """
+import sys
+from aprium import LLM, SamplingParams, Session
+llm = LLM("pico", session_dir=sys.argv[1], max_model_len=2048)
+session = Session(llm, "s")
+print("begun", flush=True)
+session.generate("Tell a story. " * 10, SamplingParams(temperature=0.9, max_tokens=1200,
+                 ignore_eos=True, seed=3), )
+"""
+
+
+def test_a_killed_turn_is_resumed_to_the_same_tokens(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CRASH, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    notes = tmp_path / "s.running.jsonl"
+    stop = threading.Event()
+    for _ in range(3000):
+        if notes.exists() and len(notes.read_text().splitlines()) >= 5:
+            break
+        assert process.poll() is None, "it came to its end before it could be killed"
+        stop.wait(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    params = SamplingParams(temperature=0.9, max_tokens=1200, ignore_eos=True, seed=3)
+    with LLM("pico", session_dir=tmp_path, max_model_len=2048) as llm:
+        session = Session(llm, "s")
+        assert session.interrupted and not session.tokens
+        resumed = session.resume()
+        assert llm.stats().num_restored >= 1 and not session.interrupted
+        assert resumed.reused > 100  # from a snapshot, not from the first token
+    with LLM("pico", enable_prefix_caching=False, max_model_len=2048) as plain:
+        (expected,) = plain.generate("Tell a story. " * 10, params)
+    assert resumed.tokens == expected.tokens and resumed.logprobs == expected.logprobs
+    assert resumed.text == expected.text
+
+
+def test_a_failed_engine_leaves_a_turn_to_resume(tmp_path):
+    llm = LLM("pico", session_dir=tmp_path, max_model_len=512)
+    session = Session(llm, "s")
+    run, steps = llm._engine.runner.run, []
+
+    def fail(plan):
+        steps.append(plan)
+        if len(steps) > 90:
+            raise RuntimeError("on purpose")
+        return run(plan)
+
+    llm._engine.runner.run = fail
+    with pytest.raises(EngineError, match="on purpose"):
+        session.generate("Tell a story.", SAMPLED)
+    assert session.interrupted
+    llm.close()
+    with LLM("pico", session_dir=tmp_path, max_model_len=512) as llm:
+        resumed = Session(llm, "s").resume()
+        (expected,) = llm.generate("Tell a story.", SAMPLED)
+    assert resumed.tokens == expected.tokens
