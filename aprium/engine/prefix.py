@@ -235,7 +235,8 @@ class PrefixCache:
         """Keep the state in `slot` and the KV in `pages` after exactly `tokens`, if there is room.
 
         The copies are asked for; whoever owns `slot` and `pages` may go on once they are made.
-        `before`, which the same sequence came from, may give way. Returns the node, None where there was no room for a snapshot.
+        `before`, which the same sequence came from, may give way. Returns the node, None where
+        there was no room for a snapshot.
         """
         node = self._insert(tokens, salt)
         node.used = next(self._clock)

@@ -176,8 +176,8 @@ class Scheduler:
         """
         segments: list[Segment] = []
         budget = self.max_num_batched_tokens
-        preempted = self.num_preemptions
         self._let_pass()
+        preempted = self.num_preemptions
         index = 0
         while index < len(self.running) and budget:
             sequence = self.running[index]

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from aprium.base.records import SamplingParams
 from aprium.engine.cache import Cache
+from aprium.engine.prefix import CopyPage, CopySlot, Load, Meta, PrefixCache, Save
 from aprium.engine.request import LiveSequence
 from aprium.engine.scheduler import Outcome, Scheduler
 from aprium.engine.speculative import count_accepted
@@ -27,11 +28,54 @@ def make(name, num_prompt, max_tokens, **params):
     )
 
 
-def make_scheduler(*, pages=8, page_size=4, seqs=3, budget=7, chunked=True):
-    cache = Cache(num_pages=pages, page_size=page_size, num_slots=seqs)
+def make_scheduler(
+    *, pages=8, page_size=4, seqs=3, budget=7, chunked=True, snapshots=0, store=None
+):
+    cache = Cache(num_pages=pages, page_size=page_size, num_slots=seqs + snapshots)
     return Scheduler(
-        cache, max_num_seqs=seqs, max_num_batched_tokens=budget, chunked_prefill=chunked
+        cache,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        chunked_prefill=chunked,
+        prefixes=PrefixCache(cache, snapshots, store) if snapshots else None,
     )
+
+
+class FakeStore:
+    """Keeps histories by key; `lose` makes some go, or turn out damaged when they are fetched."""
+
+    def __init__(self):
+        self.kept: dict[str, tuple[Meta, tuple[int, ...]]] = {}
+        self.damaged: set[str] = set()
+
+    def has(self, key):
+        while key is not None and key in self.kept:
+            key = self.kept[key][0].parent
+        return key is None
+
+    def fetch(self, key):
+        path = []
+        while key is not None:
+            meta, history = self.kept[key]
+            if key in self.damaged:
+                del self.kept[key]
+                return None
+            path.append((meta.start, history))
+            key = meta.parent
+        return path[::-1]
+
+    def put(self, meta, history):
+        self.kept[meta.key] = meta, history
+        self.damaged.discard(meta.key)
+
+    def drop(self, key):
+        self.kept.pop(key, None)
+
+    def touch(self, key):
+        pass
+
+    def entries(self):
+        return ()
 
 
 class FakeRunner:
@@ -42,20 +86,24 @@ class FakeRunner:
     ring and reach the slot when a later step replays them.
     """
 
-    def __init__(self, page_size):
-        self.page_size = page_size
+    def __init__(self, page_size, cache=None, store=None):
+        self.page_size, self.cache, self.store = page_size, cache, store
         self.slots: dict[int, tuple[int, ...]] = {}
         self.rings: dict[int, tuple[int, ...]] = {}
         self.pages: dict[tuple[int, int], int] = {}
         self.random = random.Random(0)
 
     def run(self, plan):
+        self.apply(plan.operations)
         outcomes = []
-        owners: set[int] = set()
+        written: set[int] = set()
         for segment in plan.segments:
             assert segment.tokens, "a segment without tokens"
-            assert not owners & set(segment.pages), "a page in two segments"
-            owners |= set(segment.pages)
+            own = {*segment.pages[segment.start // self.page_size :]}
+            assert not written & {*segment.pages}, "a page written for one and read by another"
+            written |= own
+            if self.cache is not None:
+                assert all(self.cache.pages.num_owners(p) == 1 for p in own), "not its own page"
             history = self.slots.get(segment.slot, ()) if segment.start > segment.late else ()
             if segment.late:
                 history += self.rings[segment.slot][: segment.late]
@@ -71,6 +119,32 @@ class FakeRunner:
                 self.slots[segment.slot] = history + segment.tokens
             outcomes.append(self._outcome(segment, history))
         return outcomes
+
+    def apply(self, operations):
+        for order in operations:
+            if isinstance(order, CopySlot):
+                self.slots[order.target] = self.slots[order.source]
+            elif isinstance(order, CopyPage):
+                for i in range(self.page_size):
+                    if (order.source, i) in self.pages:
+                        self.pages[order.target, i] = self.pages[order.source, i]
+            elif isinstance(order, Save):
+                history = self.slots[order.slot]
+                assert len(history) == order.meta.length
+                assert history[order.meta.start :] == order.meta.edge
+                places = [self._at(order.pages, i) for i in range(len(history))]
+                assert [self.pages[p] for p in places] == [*history], "saved what was not there"
+                self.store.put(order.meta, history)
+            elif isinstance(order, Load):
+                for start, history in order.parts:
+                    for i in range(start, len(history)):
+                        self.pages[self._at(order.pages, i)] = history[i]
+                self.slots[order.slot] = order.parts[-1][1]
+            else:
+                self.store.drop(order.key)
+
+    def _at(self, pages, position):
+        return pages[position // self.page_size], position % self.page_size
 
     def _outcome(self, segment, history):
         if not segment.sample:
@@ -91,7 +165,7 @@ class FakeRunner:
         return Outcome(tuple(tokens), drafts)
 
     def _place(self, segment, position):
-        return segment.pages[position // self.page_size], position % self.page_size
+        return self._at(segment.pages, position)
 
 
 def alone(num_prompt, max_tokens):
@@ -293,19 +367,148 @@ def test_a_sequence_that_can_never_fit_is_refused():
         scheduler.add(make("s", 10, 7))
 
 
+def prioritised(name, priority=0, share="", deadline_s=None, num_prompt=4, max_tokens=4):
+    sequence = make(name, num_prompt, max_tokens)
+    sequence.priority, sequence.share, sequence.deadline_s = priority, share, deadline_s
+    return sequence
+
+
+def test_a_higher_priority_takes_the_place_of_a_lower():
+    scheduler = make_scheduler(pages=100, seqs=2, budget=50)
+    runner = FakeRunner(scheduler.cache.page_size)
+    for name in ("low0", "low1"):
+        scheduler.add(prioritised(name, 1, max_tokens=20))
+    for _ in range(3):
+        plan = scheduler.plan()
+        scheduler.update(plan, runner.run(plan))
+    scheduler.add(prioritised("high", 0))
+    scheduler.add(prioritised("lowest", 2))
+    plan = scheduler.plan()
+    assert [s.id for s in plan.segments] == ["high", "low0"]
+    scheduler.update(plan, runner.run(plan))
+    order = [s.id for s in drain(scheduler, runner)]
+    assert order == ["high", "low0", "low1", "lowest"]
+    assert scheduler.num_preemptions == 1
+
+
+def test_shares_take_turns_and_nobody_saves_up():
+    scheduler = make_scheduler(pages=100, seqs=1, budget=50)
+    runner = FakeRunner(scheduler.cache.page_size)
+    for i in range(4):
+        scheduler.add(prioritised(f"a{i}", share="a"))
+    scheduler.add(prioritised("b0", share="b"))
+    scheduler.add(prioritised("b1", share="b"))
+    assert [s.id for s in drain(scheduler, runner)] == ["a0", "b0", "a1", "b1", "a2", "a3"]
+    # A share that comes later is served at once, but not for all the time that it was away.
+    for i in range(3):
+        scheduler.add(prioritised(f"a{i}", share="a"))
+        scheduler.add(prioritised(f"c{i}", share="c"))
+    order = [s.id for s in drain(scheduler, runner)]
+    assert {order[i][0] + order[i + 1][0] for i in (0, 2, 4)} <= {"ac", "ca"}
+
+
+def test_deadlines_order_a_share_and_end_what_is_late():
+    scheduler = make_scheduler(pages=100, seqs=1, budget=50)
+    runner = FakeRunner(scheduler.cache.page_size)
+    for name, deadline in (("late", 9.0), ("soon", 5.0), ("free", None)):
+        scheduler.add(prioritised(name, deadline_s=deadline))
+    plan = scheduler.plan()
+    assert [s.id for s in plan.segments] == ["soon"]
+    scheduler.update(plan, runner.run(plan))
+    assert [s.id for s in scheduler.expire(7.0)] == ["soon"]
+    assert [s.id for s in scheduler.expire(7.0)] == []
+    assert [s.id for s in drain(scheduler, runner)] == ["late", "free"]
+
+
+def test_followers_wait_for_the_prompt_and_share_it():
+    scheduler = make_scheduler(pages=100, seqs=4, budget=8, snapshots=2)
+    runner = FakeRunner(scheduler.cache.page_size, scheduler.cache)
+    group = [make(f"s{i}", 21, 3) for i in range(4)]
+    for sequence in group:
+        sequence.private, sequence.salt = True, "only s0"
+        sequence.follows = None if sequence is group[0] else "s0"
+        sequence.snapshot_points = frozenset({20}) if sequence is group[0] else frozenset()
+        scheduler.add(sequence)
+    computed = 0
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        computed += sum(min(len(s.tokens), 21 - s.start) for s in plan.segments if s.start < 21)
+        scheduler.update(plan, runner.run(plan))
+        scheduler.check()
+    assert computed == 21 + 3
+    assert all(s.tokens == alone(21, 3) for s in group)
+    assert scheduler.cache.slots.num_free == 6 and scheduler.cache.pages.num_free == 100
+
+
+def test_followers_go_on_alone_when_their_leader_leaves():
+    scheduler = make_scheduler(pages=100, seqs=4, budget=8, snapshots=2)
+    runner = FakeRunner(scheduler.cache.page_size, scheduler.cache)
+    leader, follower = make("a", 21, 3), make("b", 21, 3)
+    follower.follows = "a"
+    scheduler.add(leader)
+    scheduler.add(follower)
+    plan = scheduler.plan()
+    assert [s.id for s in plan.segments] == ["a"] and scheduler.num_waiting == 1
+    scheduler.abort("a")
+    scheduler.check()
+    assert [s.id for s in drain(scheduler, runner)] == ["b"]
+    assert follower.tokens == alone(21, 3)
+
+
+def test_a_preempted_state_comes_back_from_the_store():
+    store = FakeStore()
+    scheduler = make_scheduler(pages=4, seqs=3, budget=50, snapshots=1, store=store)
+    runner = FakeRunner(4, scheduler.cache, store)
+    old, young = make("old", 7, 9), make("young", 7, 9)
+    for sequence in (old, young):
+        sequence.private, sequence.salt = True, f"only {sequence.id}"
+        scheduler.add(sequence)
+    computed = 0
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        computed += sum(len(s.tokens) for s in plan.segments if s.id == "young")
+        scheduler.update(plan, runner.run(plan))
+        scheduler.check()
+    assert young.num_preemptions == 1 and computed == 15  # nothing was computed twice
+    assert old.tokens == young.tokens == alone(7, 9)
+    assert scheduler.prefixes.num_restored == 1
+
+
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random adds, aborts and steps with few pages: sound at every moment, clean at the end."""
+    """Random everything with few pages: sound at every moment, clean at the end."""
 
     def __init__(self):
         super().__init__()
-        self.scheduler = make_scheduler(pages=7, page_size=4, seqs=4, budget=9)
-        self.runner = FakeRunner(4)
+        self.store = FakeStore()
+        self.scheduler = make_scheduler(
+            pages=9, page_size=4, seqs=4, budget=9, snapshots=3, store=self.store
+        )
+        self.runner = FakeRunner(4, self.scheduler.cache, self.store)
         self.everyone: list[LiveSequence] = []
         self.shape: dict[str, tuple[int, int]] = {}
+        self.held = []
 
-    @rule(num_prompt=st.integers(1, 16), max_tokens=st.integers(0, 12))
-    def add(self, num_prompt, max_tokens):
+    @rule(
+        num_prompt=st.integers(1, 16),
+        max_tokens=st.integers(0, 12),
+        priority=st.integers(0, 2),
+        share=st.sampled_from("ab"),
+        points=st.sets(st.integers(1, 16), max_size=3),
+        keep_every=st.sampled_from([0, 0, 2, 5]),
+        private=st.booleans(),
+        data=st.data(),
+    )
+    def add(self, num_prompt, max_tokens, priority, share, points, keep_every, private, data):
         sequence = make(f"s{len(self.everyone)}", num_prompt, max_tokens)
+        sequence.priority, sequence.share = priority, share
+        sequence.private, sequence.keep_every = private, keep_every
+        sequence.salt = f"only {sequence.id}" if private else data.draw(st.sampled_from("xy"))
+        sequence.snapshot_points = frozenset(p for p in points if p < num_prompt)
+        if self.everyone and data.draw(st.booleans()):
+            leader = data.draw(st.sampled_from(self.everyone))
+            sequence.follows, sequence.salt, sequence.private = (
+                leader.id, leader.salt, leader.private
+            )  # fmt: skip
         self.everyone.append(sequence)
         self.shape[sequence.id] = (num_prompt, max_tokens)
         self.scheduler.add(sequence)
@@ -324,6 +527,32 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert bool(plan.segments) == self.scheduler.has_work
             assert plan.num_tokens <= 9
             self.scheduler.update(plan, self.runner.run(plan))
+            self.runner.apply(self.scheduler.prefixes.drain())
+
+    @rule(salt=st.sampled_from([None, "x", "y"]))
+    def forget(self, salt):
+        self.scheduler.prefixes.forget(salt)
+
+    @rule()
+    def restart(self):
+        self.scheduler.restart()
+
+    @rule(length=st.integers(1, 16), salt=st.sampled_from("xy"))
+    def hold(self, length, salt):
+        """A session takes hold of what there is."""
+        match = self.scheduler.prefixes.find([*range(length), -1], salt)
+        self.scheduler.prefixes.hold(match.node)
+        self.held.append(match.node)
+
+    @rule(data=st.data(), how=st.sampled_from(["lose", "damage"]))
+    def harm(self, data, how):
+        """The store loses something, or it turns out damaged."""
+        if self.store.kept:
+            key = data.draw(st.sampled_from(sorted(self.store.kept)))
+            if how == "lose":
+                self.store.drop(key)
+            else:
+                self.store.damaged.add(key)
 
     @invariant()
     def sound(self):
@@ -331,12 +560,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self):
         drain(self.scheduler, self.runner)
-        assert self.scheduler.cache.pages.num_free == 7
-        assert self.scheduler.cache.slots.num_free == 4
+        for node in self.held:
+            self.scheduler.prefixes.hold(None, node)
+        self.scheduler.prefixes.forget()
+        assert self.scheduler.cache.pages.num_free == 9
+        assert self.scheduler.cache.slots.num_free == 7
         for sequence in self.everyone:
             if sequence.finish != "abort":
                 assert sequence.tokens == alone(*self.shape[sequence.id])
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

@@ -34,9 +34,7 @@ def test_a_session_says_what_the_whole_conversation_would(llm):
     ]  # fmt: skip
     assert session.messages[2].content == first.text
     with LLM("pico", enable_prefix_caching=False, max_model_len=1024) as plain:
-        (expected,) = plain.generate(
-            [*session.messages[:-1]], GREEDY, chat_template_kwargs=QUIET
-        )
+        (expected,) = plain.generate([*session.messages[:-1]], GREEDY, chat_template_kwargs=QUIET)
     assert (second.tokens, second.logprobs) == (expected.tokens, expected.logprobs)
     assert session.tokens == (*second.prompt_tokens, *second.tokens)
 
@@ -69,7 +67,9 @@ def test_forks_share_the_past_and_part_ways(llm):
 
 def test_a_file_has_the_state_in_it(llm, tmp_path):
     session = Session(llm)
-    session.generate("A long text that is worth keeping, for it has many words in it. " * 3, SAMPLED)
+    session.generate(
+        "A long text that is worth keeping, for it has many words in it. " * 3, SAMPLED
+    )
     path = session.save(tmp_path / "s.aprium")
     expected = session.fork().generate(" More.", GREEDY)
     with LLM("pico", max_num_seqs=4, max_model_len=1024) as other:
