@@ -201,7 +201,7 @@ void Attention::run(Machine& m, float* x, const Step& step, void* keys, void* va
                    key_scale);
         write_rows(v + start * narrow, length, narrow, step.context[s], step.pages[s], step.page_size, values, cache,
                    value_scale);
-        int64_t size = std::max<int64_t>(64 / group, 1) * group;  // whole tokens
+        int64_t size = std::max<int64_t>((step.context[s] + length > 8192 ? 256 : 64) / group, 1) * group;  // whole tokens
         for (int64_t h = 0; h < kv_heads; h++)
             for (int64_t first = 0; first < length * group; first += size)
                 tiles.push_back({(int64_t)s, h, first, std::min(size, length * group - first)});

@@ -310,7 +310,7 @@ inline void mamba(const MambaTask& t, uint8_t* scratch) {
 
 // ---- attention ----
 
-constexpr int64_t kTileRows = 64;  // rows (token, head) that share a block of keys
+constexpr int64_t kTileRows = 256;  // rows (token, head) that share a block of keys
 
 inline int64_t attention_scratch(const AttentionTask& t) {
     int64_t dim = up16(t.head_dim);
