@@ -55,7 +55,11 @@ def main() -> None:
     longest = max(options.prompt + 64, 4096)
     engine = Engine(
         EngineConfig(
-            model=options.checkpoint, max_num_seqs=1, max_model_len=longest, load=options.load
+            model=options.checkpoint,
+            max_num_seqs=1,
+            max_model_len=longest,
+            load=options.load,
+            enable_prefix_caching=False,
         )
     )
     read(engine, 3)
