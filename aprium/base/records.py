@@ -5,10 +5,11 @@ be written as JSON. Alignment rule for all per-token streams of a `Sample`: inde
 predicting `tokens[t]`, so index 0 has weight 0.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from aprium.base.errors import RequestError
 
@@ -38,6 +39,41 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Guide:
+    """A form that the answer must have; it begins where reasoning, if any, has ended.
+
+    `kind` says what `value` is: "json", a JSON schema (mapping or JSON text); "regex"; "choice", a
+    list of strings; "grammar", in Lark's or llama.cpp's notation; "tools", a mapping with `tools`
+    in the OpenAI form, `choice` ("auto", "required" or a tool's name), `parallel` (whether several
+    may be called) and `answer` (None, or kind and value of another guide that may be followed
+    instead of calling). All but text is kept as JSON text. Raises RequestError.
+    """
+
+    kind: str
+    value: Any
+
+    def __post_init__(self) -> None:
+        """Write values as text, check what needs no vocabulary."""
+        if self.kind not in GUIDE_KINDS:
+            known = ", ".join(GUIDE_KINDS)
+            raise RequestError(f"guide kind is {self.kind!r}: use one of {known}", param="guide")
+        value = self.value
+        if self.kind in ("json", "choice", "tools") and not isinstance(value, str):
+            try:
+                value = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise RequestError(
+                    f"the {self.kind} guide cannot be written as JSON: {error}", param="guide"
+                ) from error
+        if not isinstance(value, str):
+            raise RequestError(f"a {self.kind} guide must be a text", param="guide")
+        object.__setattr__(self, "value", value)
+
+
+GUIDE_KINDS = ("json", "regex", "choice", "grammar", "tools")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose the next tokens of one request.
 
@@ -46,7 +82,10 @@ class SamplingParams:
     generated position, `prompt_logprobs` likewise for the prompt; 0 gives the chosen token alone.
     `max_tokens` None means up to the model's context. `seed` makes one request reproducible
     whatever it is batched with. `n` continuations are given, of `best_of` that are made those with
-    the best mean log-probability. Raises RequestError naming the field that is out of range.
+    the best mean log-probability. With a `guide` only tokens that keep to its form are chosen,
+    before the filters apply. Once `thinking_budget` tokens of reasoning are written it is closed at
+    the next line break, at the latest after `thinking_grace` more; `thinking_message` is written
+    first. Raises RequestError naming the field that is out of range.
     """
 
     max_tokens: int | None = 256
@@ -62,6 +101,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     best_of: int | None = None
+    guide: Guide | None = None
+    thinking_budget: int | None = None
+    thinking_grace: int = 500
+    thinking_message: str = ""
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check ranges."""
@@ -96,11 +139,24 @@ class SamplingParams:
             raise RequestError("stop must be non-empty strings", param="stop")
         if any(isinstance(t, bool) or not isinstance(t, int) for t in self.stop_token_ids):
             raise RequestError("stop_token_ids must be integers", param="stop_token_ids")
+        if self.guide is not None and not isinstance(self.guide, Guide):
+            raise RequestError(f"guide is {self.guide!r}: give Guide(...)", param="guide")
+        message = self.thinking_message
+        if not isinstance(message, str) or any(tag in message for tag in _TAGS):
+            raise RequestError(
+                f"thinking_message is {message!r}: it must be a text without the tags that end "
+                "reasoning",
+                param="thinking_message",
+            )
 
 
-_INTEGERS = ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n", "best_of")
 # Fields that a checkpoint's `generation_config.json` may recommend values for.
 RECOMMENDED_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_INTEGERS = (
+    *("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n", "best_of"),
+    *("thinking_budget", "thinking_grace"),
+)
+_TAGS = ("</think>", "<tool_call>")
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 0, math.inf),
     ("temperature", 0, 100),
@@ -112,6 +168,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("prompt_logprobs", 0, 100),
     ("n", 1, 128),
     ("best_of", 1, 128),
+    ("thinking_budget", 0, math.inf),
+    ("thinking_grace", 0, math.inf),
 )
 
 
@@ -124,7 +182,8 @@ class Request:
     priority are served in fair turns by `share`. It is given up `deadline_s` seconds after it came.
     With `follows` it waits until that request, which `leads`, has read the same prompt. Its state
     is kept every `keep_every` generated tokens (0: at the end only). `pooling` makes a vector of
-    the prompt's hidden states, the last or the mean of all (of as many tokens as there are).
+    the prompt's hidden states, the last or the mean of all (of as many tokens as there are). With `thinking`
+    the prompt opened the reasoning, so that generation begins inside it.
     """
 
     id: str
@@ -139,6 +198,7 @@ class Request:
     leads: bool = False
     keep_every: int = 0
     pooling: Literal["last", "mean"] | None = None
+    thinking: bool = False
 
 
 # Alternatives at one position: token id -> natural-log probability, most probable first.

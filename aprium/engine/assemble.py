@@ -80,7 +80,7 @@ class Assembler:
             self._logprobs.append(delta.logprobs[i])
             if delta.top_logprobs:
                 self._top_logprobs.append(delta.top_logprobs[i])
-            ends = delta.finish == "stop" and i == last
+            ends = delta.finish == "stop" and i == last and token == delta.stop_reason
             if self._stream is not None and not ends and self._add(self._stream.push((token,))):
                 return
         if delta.finish is not None:

@@ -19,6 +19,7 @@ from aprium.base.records import Delta, Request, Timings
 from aprium.checkpoint.load import Checkpoint, load_checkpoint, update_weights
 from aprium.engine.cache import Cache
 from aprium.engine.config import CACHE_DTYPES, DTYPES, SSM_DTYPES, EngineConfig, EngineStats
+from aprium.engine.guide import Grammars, SequenceGuide
 from aprium.engine.memory import Budget, plan_cache, step_bytes
 from aprium.engine.prefix import Meta, Node, PrefixCache
 from aprium.engine.request import LiveSequence
@@ -46,8 +47,10 @@ class Engine:
         config: EngineConfig,
         checkpoint: Checkpoint | None = None,
         eos_token_ids: Collection[int] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.config = config
+        self._grammars = grammars
         self.checkpoint = checkpoint or load(config)
         model, shape = self.checkpoint.model, self.checkpoint.config
         self.vocab_size = shape.vocab_size
@@ -192,6 +195,13 @@ class Engine:
                 f"for at most {room}, or for max_tokens None",
                 param="max_tokens",
             )
+        if self._grammars is not None:
+            self._grammars.check(params, request.thinking)
+        elif params.guide is not None or request.thinking:
+            raise RequestError(
+                "this model has no tokenizer files: without them answers cannot be guided",
+                param="guide",
+            )
 
     def add(self, request: Request) -> None:
         """Queue `request`; raises RequestError (see `check`) when it can never be served."""
@@ -213,6 +223,7 @@ class Engine:
                 stop_ids=eos.union(params.stop_token_ids),
                 salt=request.cache_salt if shares else f"only {request.follows or request.id}",
                 private=not shares,
+                guide=self._guide(request),
                 snapshot_points=self._snapshot_points(request),
                 keep_every=request.keep_every if shares else 0,
                 pooling=request.pooling,
@@ -224,6 +235,11 @@ class Engine:
             )
         )
         self._prompt_tokens += len(request.tokens)
+
+    def _guide(self, request: Request) -> SequenceGuide | None:
+        if self._grammars is None:
+            return None
+        return self._grammars.start(request.params, request.thinking, request.generated)
 
     def _snapshot_points(self, request: Request) -> frozenset[int]:
         """Return where states of this prompt are worth keeping.
@@ -324,6 +340,12 @@ class Engine:
         assert self.scheduler.prefixes is not None
         self.runner.apply(self.scheduler.prefixes.drain())
         self.scheduler.prefixes.forget()
+
+    def finish_thinking(self, request_ids: Collection[str]) -> int:
+        """Close the reasoning of running requests at their next token; returns how many had any."""
+        found = (self.scheduler.sequences.get(name) for name in request_ids)
+        guides = [s.guide for s in found if s is not None and s.guide is not None]
+        return sum(guide.finish_thinking() for guide in guides)
 
     def step(self) -> list[Delta]:
         """Compute one step and return what it added to each request that it advanced visibly."""
@@ -471,7 +493,7 @@ class Engine:
             prompt_logprobs=scores,
             prompt_top_logprobs=top,
             finish=sequence.finish,
-            stop_reason=choices[-1].token if choices and sequence.finish == "stop" else None,
+            stop_reason=_stop_reason(sequence),
             reused=sequence.reused,
             why_not_more=sequence.why_not_more,
             drafted=sequence.num_drafted,
@@ -523,6 +545,13 @@ def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
     )
     lists = [v if isinstance(v, list | tuple) else [v] for v in named]
     return [token for some in lists for token in some if token is not None]
+
+
+def _stop_reason(sequence: LiveSequence) -> int | str | None:
+    """Return the token that ended a sequence, or why it was given up."""
+    if sequence.finish == "stop" and sequence.tokens[-1] in sequence.stop_ids:
+        return sequence.tokens[-1]
+    return sequence.reason
 
 
 def _timings(sequence: LiveSequence) -> Timings:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from aprium.base.records import SamplingParams, TopLogprobs
+from aprium.engine.guide import SequenceGuide
 from aprium.engine.prefix import Node
 
 
@@ -30,7 +31,8 @@ class LiveSequence:
     `why_not_more` says why no more. It goes before others by `priority` (lowest first), and shares
     the engine fairly with other `share`s; `number` is its place in the order of arrival, `ticket`
     in that of first admission. It waits until `follows` has read the prompt they have in common.
-    `pooling` makes a vector of the hidden states of the prompt.
+    `pooling` makes a vector of the hidden states of the prompt. A `guide` says what may be generated
+    next, and has taken what was; `reason` says why a sequence was given up.
     Times are in seconds of the engine's clock, None until the moment has come; `deadline_s` is when
     it is given up.
     """
@@ -46,6 +48,7 @@ class LiveSequence:
     num_scored: int = 0
     status: str = "waiting"
     finish: str | None = None
+    reason: str | None = None
     slot: int | None = None
     pages: tuple[int, ...] = ()
     num_preemptions: int = 0
@@ -57,6 +60,7 @@ class LiveSequence:
     head_start: int | None = None
     salt: str = ""
     private: bool = False
+    guide: SequenceGuide | None = None
     snapshot_points: frozenset[int] = frozenset()
     keep_every: int = 0
     pooling: Literal["last", "mean"] | None = None
@@ -136,7 +140,15 @@ class LiveSequence:
     def append(self, token: int) -> None:
         """Add a generated token, and set `finish` where it is the last."""
         self.tokens.append(token)
+        guide = self.guide
         if token in self.stop_ids:
+            self.finish = "stop"
+            return
+        if guide is not None and guide.error is None:
+            guide.push(token)
+        if guide is not None and guide.error is not None:
+            self.finish, self.reason = "abort", guide.error
+        elif guide is not None and guide.complete:
             self.finish = "stop"
         elif self.num_generated >= self.max_tokens:
             self.finish = "length"

@@ -117,6 +117,7 @@ class Runner:
         rows: list[int] = []
         owners: list[Segment] = []
         positions: list[int] = []
+        masks: list[bytes | None] = []
         for s, start in zip(segments, layout.starts, strict=True):
             for offset in (
                 range(len(s.tokens) - 1 - s.num_drafts, len(s.tokens)) if s.sample else ()
@@ -124,6 +125,8 @@ class Runner:
                 rows.append(start + offset)
                 owners.append(s)
                 positions.append(s.start + offset + 1)
+            if s.sample:
+                masks += s.masks or (None,) * (s.num_drafts + 1)
         if not rows:
             return [()] * len(segments)
         found = iter(
@@ -133,6 +136,7 @@ class Runner:
                 [s.seed for s in owners],
                 positions,
                 self._pick,
+                masks,
             )
         )
         results = []

@@ -34,7 +34,8 @@ class Segment(NamedTuple):
     `tokens` follow the `start` that are in the state at `slot` and `pages`. With `sample`, the
     last row chooses the token at position `start + len(tokens)`. Rows `score_from`, `score_from`
     + 1, ... are scored against `targets` (the prompt's next tokens). The last `num_drafts` tokens
-    are drafts: the rows before and at them choose what should stand there. `late` tokens before
+    are drafts: the rows before and at them choose what should stand there, each among the tokens
+    that its one of `masks` (see `SequenceGuide`) allows, if there are any. `late` tokens before
     `start` are in the ring. Of the drafting that follows the step, `draft` is the number of tokens
     wanted, `head_start` where the head's own reading begins (None: it does not read), and
     `next_token` the known token after the segment. `pool` says how its hidden states are pooled.
@@ -51,6 +52,7 @@ class Segment(NamedTuple):
     score_from: int = 0
     targets: tuple[int, ...] = ()
     num_drafts: int = 0
+    masks: tuple[bytes | None, ...] = ()
     late: int = 0
     draft: int = 0
     head_start: int | None = None
@@ -186,7 +188,7 @@ class Scheduler:
                 break
             drafts = self._usable_drafts(sequence, min(budget - count, sequence.room - 1))
             segments.append(self._segment(sequence, count, drafts, num_drafts))
-            budget -= count + len(drafts)
+            budget -= len(segments[-1].tokens)
             index += 1
         # Admitting right after a preemption would let the newcomer take what the elder lost.
         if self.num_preemptions == preempted:
@@ -307,6 +309,10 @@ class Scheduler:
         assert sequence.slot is not None
         score_from, targets = sequence.targets(start, count)
         samples = end == sequence.num_tokens and sequence.max_tokens > 0
+        masks: tuple[bytes | None, ...] = ()
+        if samples and sequence.guide is not None:
+            masks = sequence.guide.masks(drafts)
+            drafts = drafts[: len(masks) - 1]  # the rest could not be accepted
         # A draft is of use if a token is still to come after the one that this step chooses.
         wanted = min(num_drafts, sequence.room - 2) if samples else 0
         head_start = None
@@ -330,6 +336,7 @@ class Scheduler:
             score_from=score_from,
             targets=targets,
             num_drafts=len(drafts),
+            masks=masks,
             late=sequence.num_late,
             draft=max(wanted, 0),
             head_start=head_start,

@@ -5,6 +5,7 @@ seed and position, and the choice inverts the distribution function, summed in t
 ids; so a sequence draws the same tokens whatever it is batched with, and after a preemption. Only
 operations that treat rows one by one in a fixed order are used (softmax, cumulative sum, top-k,
 comparison), never a sum over the vocabulary that may be split by the number of rows.
+A mask, where a row has one, comes before everything else: what it bars is not there.
 Filters keep ties: a token as probable as the last one kept is kept.
 Source: SplitMix64 (Steele, Lea, Flood 2014) for the hash.
 Letters: R rows, V vocabulary.
@@ -13,6 +14,7 @@ Letters: R rows, V vocabulary.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,19 +68,23 @@ def sample(
     seeds: Sequence[int],
     positions: Sequence[int],
     pick: Pick | None = None,
+    masks: Sequence[bytes | None] = (),
 ) -> list[Choice]:
     """Choose a token for each row of `logits` float32 [R, V].
 
     `seeds[i]` and `positions[i]` (of the token to be chosen) fix the random number of row i.
+    `masks[i]` says which tokens row i may choose: bit j of it, lowest first, is token j; None, or
+    no `masks`, leaves all. Log-probabilities are those before masks.
     """
     if pick is not None:
-        return _sample_picked(logits, params, seeds, positions, pick)
+        return _sample_picked(logits, params, seeds, positions, pick, masks)
     logprobs = F.log_softmax(logits, -1)
-    tokens = logits.argmax(-1)  # ties go to the lowest id
+    allowed = _masked(logits, masks)
+    tokens = allowed.argmax(-1)  # ties go to the lowest id
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
         numbers = [uniform(seeds[i], positions[i]) for i in drawn]
-        rows = logits if len(drawn) == len(params) else logits[drawn]
+        rows = allowed if len(drawn) == len(params) else allowed[drawn]
         tokens[drawn] = draw(rows, [params[i] for i in drawn], numbers)
     chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
     alternatives: list[TopLogprobs] = [
@@ -94,20 +100,40 @@ def _sample_picked(
     seeds: Sequence[int],
     positions: Sequence[int],
     pick: Pick,
+    masks: Sequence[bytes | None],
 ) -> list[Choice]:
     """Do as `sample` does, with the largest token and the mass of each row from a kernel."""
     choices = []
     for i, (token, peak, log_mass) in enumerate(pick(logits)):
         chosen, row = params[i], logits[i : i + 1]
+        mask = masks[i] if masks else None
+        allowed = _masked(row, [mask])
         if chosen.temperature > 0:
             number = uniform(seeds[i], positions[i])
-            token = int(draw(row, [chosen], [number]))
+            token = int(draw(allowed, [chosen], [number]))
+        elif mask is not None:
+            token = int(allowed.argmax(-1))
         logprob = float(row[0, token] - peak - log_mass)
         alternatives: TopLogprobs = {}
         if chosen.logprobs:
             alternatives = top_alternatives(row - peak - log_mass, chosen.logprobs)[0]
         choices.append(Choice(token, logprob, alternatives))
     return choices
+
+
+def _masked(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
+    """Return `logits` [R, V] with minus infinity where a row's mask has no bit."""
+    rows = [i for i, mask in enumerate(masks) if mask is not None]
+    if not rows:
+        return logits
+    masked = logits.clone()
+    for i in rows:
+        mask = masks[i]
+        assert mask is not None
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+        barred = torch.from_numpy(bits[: logits.shape[1]]) == 0
+        masked[i].masked_fill_(barred.to(logits.device), -torch.inf)
+    return masked
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> Tensor:

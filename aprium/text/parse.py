@@ -10,20 +10,20 @@ what is given out does not depend on where the cuts were. Models forget closing 
 the opening of a call may be missing, and a call may come without `</think>`. Everything else is
 passed on unchanged, but for white space next to a call, which the chat template writes itself.
 
-Values are converted by the declared JSON-schema type, as `qwen3_coder` parsers do.
+Values are converted by the declared JSON-schema type (`text/values`).
 """
 
-import ast
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from aprium.base.records import ToolCall
+from aprium.text.values import json_text, json_value, parameters_of, types_of
 
 _SPACE = 64  # longest white space between tags
 _NAME = 128  # longest name of a function or parameter
+_REACH = 1024  # more bytes than any header of a call has
 _TAIL = 256  # longer than any match of _VALUE_END, so an unfinished one starts within it
 
 _HEADER = re.compile(rf"<tool_call>\s{{0,{_SPACE}}}<function=([^<>\n]{{1,{_NAME}}})>")
@@ -66,7 +66,7 @@ class Parsed:
 
 def gather(events: Iterable[Event]) -> Parsed:
     """Put the pieces of a stream together."""
-    text = {"reasoning": "", "content": ""}
+    said = {"reasoning": "", "content": ""}
     calls: list[list[str]] = []
     for event in events:
         if event.kind == "call":
@@ -74,11 +74,11 @@ def gather(events: Iterable[Event]) -> Parsed:
         elif event.kind == "arguments":
             calls[event.index][1] += event.text
         else:
-            text[event.kind] += event.text
+            said[event.kind] += event.text
     return Parsed(
-        reasoning=text["reasoning"] or None,
-        content=text["content"] or None,
-        tool_calls=tuple(ToolCall(name=name, arguments=json_text) for name, json_text in calls),
+        reasoning=said["reasoning"] or None,
+        content=said["content"] or None,
+        tool_calls=tuple(ToolCall(name=name, arguments=text) for name, text in calls),
     )
 
 
@@ -92,6 +92,29 @@ def parse(
     """Split a whole answer; the arguments are those of StreamParser."""
     parser = StreamParser(thinking=thinking, tools=tools, force_content=force_content)
     return gather([*parser.push(text), *parser.finish()])
+
+
+class ReasoningEnd:
+    """Finds where reasoning ends, as the parser sees it, in the bytes of tokens.
+
+    It ends with its closing tag, or with a call of one of the tools `names`.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._names = frozenset(names)
+
+    def push(self, tail: bytes, new: bytes) -> tuple[bytes, bool]:
+        """Take `new` bytes after `tail`; return the tail to give next time, and whether it ended.
+
+        The first tail is empty.
+        """
+        text = tail + new
+        ended = False
+        if b">" in new:  # which both end with
+            ended = b"</think>" in text
+            headers = _HEADER.finditer(text.decode("utf-8", "ignore")) if self._names else ()
+            ended = ended or any(header[1] in self._names for header in headers)
+        return text[-_REACH:], ended
 
 
 class StreamParser:
@@ -109,7 +132,7 @@ class StreamParser:
         tools: Sequence[Mapping[str, Any]] = (),
         force_content: bool = False,
     ) -> None:
-        self._schemas = dict(_schema(tool) for tool in tools)
+        self._schemas = dict(parameters_of(tool) for tool in tools)
         self._thinking = thinking
         self._force_content = force_content
         self._buffer = ""
@@ -293,7 +316,11 @@ class StreamParser:
 
     def _value(self, final: bool) -> bool:
         """Collect a value until it ends, then give it as JSON."""
-        match = _VALUE_END.search(self._buffer, self._scanned)
+        schema = self._schemas.get(self._function, {}).get(self._key)
+        # A value that stays an unfinished string to the last ends where it would have without it.
+        match = _VALUE_END.search(self._buffer, 0 if final else self._scanned)
+        while match and not final and _in_json_text(self._buffer[: match.start()], schema):
+            match = _VALUE_END.search(self._buffer, max(match.end(), match.start() + 1))
         if match:
             value, self._buffer = self._buffer[: match.start()], self._buffer[match.end() :]
         elif final:
@@ -305,8 +332,7 @@ class StreamParser:
             self._scanned = max(0, len(self._buffer) - _TAIL)
             return False
         if self._key not in self._keys:  # of a parameter given twice the first counts
-            schema = self._schemas.get(self._function, {}).get(self._key)
-            pair = f"{_to_json(self._key)}: {_json_value(value, schema)}"
+            pair = f"{json_text(self._key)}: {json_value(value, schema)}"
             self._arguments((", " if self._keys else "{") + pair)
             self._keys.add(self._key)
         self._state = self._body
@@ -341,6 +367,13 @@ class StreamParser:
         return False
 
 
+def _in_json_text(value: str, schema: Any) -> bool:
+    """Say whether `value`, cut off here, ends within a string of the JSON that it is to be."""
+    if not value.lstrip().startswith(("{", "[")) or not types_of(schema) & {"object", "array"}:
+        return False
+    return re.sub(r"\\.", "", value, flags=re.DOTALL).count('"') % 2 == 1
+
+
 def _partial(text: str, tags: Sequence[str]) -> int:
     """Return the length of the longest end of `text` that begins one of `tags`."""
     longest = max((len(tag) for tag in tags), default=1) - 1
@@ -368,90 +401,3 @@ def _may_become_header(text: str) -> bool:
     if "<function=".startswith(rest):
         return True
     return rest.startswith("<function=") and _open_name(rest.removeprefix("<function="))
-
-
-def _schema(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Return the name of `tool` and the schemas of its parameters."""
-    function = tool.get("function", tool)
-    parameters = function.get("parameters")
-    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-    return function["name"], properties if isinstance(properties, Mapping) else {}
-
-
-_TYPE_NAMES = {
-    "str": "string", "text": "string", "int": "integer", "float": "number", "double": "number",
-    "bool": "boolean", "dict": "object", "list": "array", "none": "null",
-}  # fmt: skip
-
-
-def _types(schema: Any) -> set[str]:
-    """Return the JSON types that `schema` allows; nothing said means a string."""
-    if not isinstance(schema, Mapping):
-        return {"string"}
-    named = schema.get("type")
-    if named is not None:
-        names = named if isinstance(named, list) else [named]
-        return {_TYPE_NAMES.get(str(name).lower(), str(name).lower()) for name in names}
-    for key in ("anyOf", "oneOf", "allOf"):
-        if isinstance(options := schema.get(key), list) and options:
-            return set().union(*(_types(option) for option in options))
-    values = schema.get("enum") if "enum" in schema else [schema.get("const", "")]
-    return {_type_of(value) for value in values} if isinstance(values, list) else {"string"}
-
-
-def _type_of(value: Any) -> str:
-    if value is None:
-        return "null"
-    kinds = {bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
-    return kinds.get(type(value), "string")
-
-
-def _json_value(text: str, schema: Any) -> str:
-    """Return `text`, a value as the model wrote it, as JSON of its declared type.
-
-    A value that does not fit its type is passed on as a string.
-    """
-    types = _types(schema)
-    word = text.strip()
-    if word.lower() in ("null", "none") and ("null" in types or "string" not in types):
-        return "null"
-    if "boolean" in types and word.lower() in ("true", "false"):
-        return word.lower()
-    if types & {"integer", "number"} and (number := _number(word, "number" in types)) is not None:
-        return number
-    wanted = tuple(kind for name, kind in (("object", dict), ("array", list)) if name in types)
-    if wanted:
-        for read in (json.loads, ast.literal_eval):
-            try:
-                value = read(word)
-                if isinstance(value, wanted):
-                    return _to_json(value)
-            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-                continue
-    return _to_json(text)
-
-
-def _number(word: str, fraction: bool) -> str | None:
-    """Return `word` as a JSON number, or None; `fraction` allows one that is not whole."""
-    try:
-        if re.fullmatch(r"[+-]?\d+", word, re.ASCII):
-            return str(int(word))
-        return _float(float(word), fraction)
-    except (ValueError, OverflowError):
-        return None
-
-
-def _float(value: float, fraction: bool) -> str | None:
-    if not fraction and value.is_integer():
-        return str(int(value))
-    return json.dumps(value, allow_nan=False) if fraction else None
-
-
-def _to_json(value: Any) -> str:
-    """Write `value` as JSON that has a UTF-8 form."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate out of a JSON escape
-        return json.dumps(value, allow_nan=False)
-    return text
