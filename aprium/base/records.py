@@ -182,8 +182,8 @@ class Request:
     priority are served in fair turns by `share`. It is given up `deadline_s` seconds after it came.
     With `follows` it waits until that request, which `leads`, has read the same prompt. Its state
     is kept every `keep_every` generated tokens (0: at the end only). `pooling` makes a vector of
-    the prompt's hidden states, the last or the mean of all (of as many tokens as there are). With `thinking`
-    the prompt opened the reasoning, so that generation begins inside it.
+    the prompt's hidden states, the last or the mean of all (of as many tokens as there are). With
+    `thinking` the prompt opened the reasoning, so that generation begins inside it.
     """
 
     id: str

@@ -143,7 +143,7 @@ class Grammars:
         try:
             return compiled(tools, levels)
         except RequestError:
-            if below:
+            if answer:
                 self._compile(below, answer["kind"])  # so that the error says which it is
         for i, tool in enumerate(tools):
             strict = tool.get("function", tool).get("strict") is True
@@ -357,12 +357,19 @@ def _sub_grammars(guide: Guide) -> list[dict[str, Any]]:
             raise RequestError("the choice guide is empty: give at least one text")
         options = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         return [{"name": "answer", "lark_grammar": f"start: {options}"}]
-    kind = "regex" if guide.kind == "regex" else "grammar"
-    try:
-        found = json.loads(llguidance.grammar_from(kind, guide.value))["grammars"]
-    except ValueError as error:
-        raise RequestError(f"the {guide.kind} guide cannot be used: {error}") from error
-    return [{**found[0], "name": "answer"}, *found[1:]]
+    if guide.kind == "regex":
+        return [{"name": "answer", "lark_grammar": f"start: /{_in_lark(guide.value)}/"}]
+    text = guide.value
+    if "::=" in text:  # llama.cpp's notation
+        try:
+            text = llguidance.grammar_from("gbnf", text)
+        except ValueError as error:
+            raise RequestError(f"the grammar guide cannot be used: {error}") from error
+    return [{"name": "answer", "lark_grammar": text}]
+
+
+def _in_lark(regex: str) -> str:
+    return llguidance.regex_to_lark(regex, "d")
 
 
 def _parse(guide: Guide) -> Any:

@@ -31,8 +31,8 @@ class LiveSequence:
     `why_not_more` says why no more. It goes before others by `priority` (lowest first), and shares
     the engine fairly with other `share`s; `number` is its place in the order of arrival, `ticket`
     in that of first admission. It waits until `follows` has read the prompt they have in common.
-    `pooling` makes a vector of the hidden states of the prompt. A `guide` says what may be generated
-    next, and has taken what was; `reason` says why a sequence was given up.
+    `pooling` makes a vector of the hidden states of the prompt. A `guide` says what may be
+    generated next, and has taken what was; `reason` says why a sequence was given up.
     Times are in seconds of the engine's clock, None until the moment has come; `deadline_s` is when
     it is given up.
     """

@@ -327,4 +327,4 @@ def _literal(text: str, end: str = "\n") -> str:
 
 def _quote(text: str) -> str:
     """Return a regular expression for `text`."""
-    return re.sub(r"[!-/:-@\[-`{-~]", lambda found: "\\" + found[0], text)
+    return re.sub(r"[^\w]", lambda found: f"\\x{{{ord(found[0]):x}}}", text)
