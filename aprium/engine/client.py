@@ -26,11 +26,12 @@ from aprium.checkpoint.load import Checkpoint
 from aprium.engine.assemble import Assembler
 from aprium.engine.config import EngineConfig, EngineStats
 from aprium.engine.engine import Engine, load
+from aprium.engine.guide import Grammars
 from aprium.engine.owner import Owner
-from aprium.engine.prompts import Prompt, encode_prompt, split_prompts
+from aprium.engine.prompts import Prompt, are_messages, encode_prompt, split_prompts
 from aprium.engine.sessions import Sessions
 from aprium.ops.sample import derive_seed
-from aprium.text.chat import ChatTemplate
+from aprium.text.chat import ChatTemplate, starts_in_reasoning
 from aprium.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -87,6 +88,7 @@ class LLM:
         priority: int = 0,
         deadline_s: float | None = None,
         cache_salt: str = "",
+        request_id: str | None = None,
     ) -> list[Completion]:
         """Continue each prompt and return the completions in order.
 
@@ -96,8 +98,10 @@ class LLM:
         one each; None takes the model's own defaults. The `n` continuations of a prompt follow
         each other; the prompt is read once for all. Lower `priority` goes first; what is not done
         `deadline_s` seconds from now is given up, with finish "abort". Only calls with the same
-        `cache_salt` share what was computed of prompts. Raises RequestError for a request that
-        cannot be served (nothing runs then), EngineError when the engine has failed or is closed.
+        `cache_salt` share what was computed of prompts. `request_id` is for `finish_thinking`; of
+        reasoning, which a guide waits for and budgets end, only messages know. Raises RequestError
+        for a request that cannot be served (nothing runs then), EngineError when the engine has
+        failed or is closed.
         """
         split = split_prompts(prompts)
         if not isinstance(params, Sequence):
@@ -112,7 +116,15 @@ class LLM:
         for prompt, some in zip(split, params, strict=True):
             _check_params(some)
             tokens = self.encode(prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
-            jobs.add(tokens, some, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt)
+            jobs.add(
+                tokens,
+                some,
+                request_id,
+                priority=priority,
+                deadline_s=deadline_s,
+                cache_salt=cache_salt,
+                thinking=are_messages(prompt) and self.opens_reasoning(tokens),
+            )
         for _ in self._run(jobs):
             pass
         return jobs.chosen()
@@ -124,6 +136,7 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        request_id: str | None = None,
     ) -> Iterator[Completion]:
         """Continue one prompt and yield the completion as it grows.
 
@@ -134,7 +147,8 @@ class LLM:
         _check_params(params)
         _check_streams(params)
         tokens = self.encode(prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
-        return self.stream_tokens(tokens, params)
+        thinking = are_messages(prompt) and self.opens_reasoning(tokens)
+        return self.stream_tokens(tokens, params, request_id=request_id, thinking=thinking)
 
     def stream_tokens(
         self,
@@ -154,6 +168,19 @@ class LLM:
         started = [a.completion() for a in jobs.assemblers.values() if said[0]]
         grown = (a.completion() for batch in self._run(jobs) for a in batch)
         return itertools.chain(started, grown)
+
+    def opens_reasoning(self, tokens: Sequence[int]) -> bool:
+        """Say whether a prompt that the chat template made ends inside the reasoning."""
+        assert self.tokenizer is not None
+        return starts_in_reasoning(self.tokenizer.decode(tokens[-8:], skip_special_tokens=False))
+
+    def finish_thinking(self, request_id: str | None = None) -> int:
+        """Close the reasoning of running continuations at their next token.
+
+        Of those with `request_id`, or of all; callable from any thread. Returns how many had any.
+        """
+        finish = functools.partial(Engine.finish_thinking, request_id=request_id)
+        return self._owner.call(finish).result()
 
     def score(self, tokens: Sequence[int] | str) -> list[float | None]:
         """Return the natural-log probability of each token given those before it.
@@ -263,14 +290,18 @@ class AsyncEngine:
         Each one is whole so far; `index` tells the `n` continuations apart and the last of each
         has `finish` set. Closing the iterator (or cancelling the task in it) stops the generation.
         The call itself raises RequestError when the request cannot be served, EngineError when the
-        engine has failed or is closed. `request_id` only serves to recognise it in messages. What
-        was computed of a prompt is shared with requests of the same `cache_salt`; `options` are
-        other fields of a `Request`, such as `priority`. With `best_of` the chosen ones come at the
-        end.
+        engine has failed or is closed. `request_id` serves to recognise it in messages, and for
+        `finish_thinking`. What was computed of a prompt is shared with requests of the same
+        `cache_salt`; `options` are other fields of a `Request`, such as `priority`, or `thinking`
+        where the prompt opened the reasoning. With `best_of` the chosen ones come at the end.
         """
         jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
         jobs.add(tuple(tokens), params, request_id, cache_salt=cache_salt, **options)
         return self._run(jobs)
+
+    async def finish_thinking(self, request_id: str | None = None) -> int:
+        """Close the reasoning of running continuations at their next token; see `LLM`."""
+        return await self.call(functools.partial(Engine.finish_thinking, request_id=request_id))
 
     async def call(self, function: Callable[[Engine], T]) -> T:
         """Let the engine's thread call `function` between two steps, and return what it returns."""
@@ -456,5 +487,7 @@ def _text_side(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate |
 def _make_engine(
     config: EngineConfig, checkpoint: Checkpoint, tokenizer: Tokenizer | None
 ) -> Engine:
-    ends = tokenizer.eos_token_ids if tokenizer is not None else None
-    return Engine(config, checkpoint, ends)
+    if tokenizer is None:
+        return Engine(config, checkpoint)
+    grammars = Grammars(tokenizer, checkpoint.config.vocab_size)
+    return Engine(config, checkpoint, tokenizer.eos_token_ids, grammars)

@@ -18,7 +18,6 @@ from aprium.base.errors import RequestError, SessionError
 from aprium.base.records import Completion, Message, SamplingParams
 from aprium.engine.client import LLM, default_params
 from aprium.engine.sessions import Running, SessionRecord
-from aprium.text.chat import starts_in_reasoning
 from aprium.text.messages import read_message
 from aprium.text.parse import parse
 
@@ -146,6 +145,7 @@ class Session:
                 (running.generated, running.logprobs),
                 cache_salt=record.cache_salt,
                 keep_every=self._book.keep_every,
+                thinking=bool(running.messages) and self._llm.opens_reasoning(running.prompt),
             ):
                 self._book.note(record, last)
         finally:
@@ -156,11 +156,9 @@ class Session:
         return done
 
     def _answer(self, running: Running, completion: Completion) -> Message:
-        assert self._llm.tokenizer is not None
-        tail = self._llm.tokenizer.decode(running.prompt[-8:], skip_special_tokens=False)
         parsed = parse(
             completion.text,
-            thinking=starts_in_reasoning(tail),
+            thinking=self._llm.opens_reasoning(running.prompt),
             tools=running.options.get("tools", ()),
         )
         return Message(

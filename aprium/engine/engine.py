@@ -341,11 +341,16 @@ class Engine:
         self.runner.apply(self.scheduler.prefixes.drain())
         self.scheduler.prefixes.forget()
 
-    def finish_thinking(self, request_ids: Collection[str]) -> int:
-        """Close the reasoning of running requests at their next token; returns how many had any."""
-        found = (self.scheduler.sequences.get(name) for name in request_ids)
-        guides = [s.guide for s in found if s is not None and s.guide is not None]
-        return sum(guide.finish_thinking() for guide in guides)
+    def finish_thinking(self, request_id: str | None = None) -> int:
+        """Close the reasoning of requests at their next token; returns how many had any.
+
+        Of `request_id` and the continuations that were named after it, or of all.
+        """
+        sequences = self.scheduler.sequences.values()
+        if request_id is not None:
+            name = f"{request_id}-"
+            sequences = [s for s in sequences if s.id == request_id or s.id.startswith(name)]
+        return sum(s.guide.finish_thinking() for s in sequences if s.guide is not None)
 
     def step(self) -> list[Delta]:
         """Compute one step and return what it added to each request that it advanced visibly."""

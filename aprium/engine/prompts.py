@@ -34,6 +34,11 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return items
 
 
+def are_messages(prompt: Prompt) -> bool:
+    """Say whether a prompt is a list of messages, which the chat template is for."""
+    return not isinstance(prompt, str) and any(isinstance(m, Message | Mapping) for m in prompt)
+
+
 def encode_prompt(
     prompt: Prompt,
     tokenizer: Tokenizer | None,

@@ -365,12 +365,35 @@ def test_finish_thinking_now(pico, grammars, tokenizer, spec):
     tokens = []
     while len(tokens) < 5:
         tokens += [t for delta in engine.step() for t in delta.tokens]
-    assert engine.finish_thinking(["gone", "r"]) == 1
+    assert engine.finish_thinking("gone") == 0 and engine.finish_thinking("r") == 1
     at = len(tokens)
     while engine.has_work:
         tokens += [t for delta in engine.step() for t in delta.tokens]
     assert tokens[: at + 1] == [*free[:at], tag]
-    assert engine.finish_thinking(["r"]) == 0
+    assert engine.finish_thinking() == 0
+
+
+def test_python_faces(pico, tokenizer):
+    question = [{"role": "user", "content": "What is 345 + 678?"}]
+    params = SamplingParams(temperature=0, max_tokens=90, guide=Guide(kind="regex", value="[0-9]+"))
+    with LLM(pico, max_model_len=256, speculative=SPECS[1]) as llm:
+        (thought,) = llm.generate(question, params)
+        (plain,) = llm.generate(question, params, chat_template_kwargs={"enable_thinking": False})
+        (raw,) = llm.generate("What is", params)
+        grown = []
+        for completion in llm.stream(question, params, request_id="mine"):
+            if not grown:
+                assert llm.finish_thinking("other") == 0
+                llm.finish_thinking("mine")
+            grown.append(completion)
+        bad = dataclasses.replace(params, guide=Guide(kind="regex", value="("))
+        with pytest.raises(RequestError, match="regex guide"):
+            llm.stream(question, bad)
+    reasoning, answer = thought.text.split("</think>")
+    assert reasoning and answer.isdecimal() and thought.stop_reason in (None, 2, 11)
+    assert plain.text.isdecimal() and raw.text.isdecimal()
+    assert grown[-1].finish == "stop" and grown[-1].text.split("</think>")[1].isdecimal()
+    assert len(grown[-1].tokens) < len(thought.tokens)
 
 
 def test_a_cut_character_does_not_stop_the_grammar(text_toy, byte_grammars):
