@@ -116,7 +116,7 @@ class Grammars:
         text = json.dumps({"grammars": grammars})
         matcher = llguidance.LLMatcher(self.vocabulary, text, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"the {kind} guide cannot be used: {matcher.get_error()}")
+            raise _refusal(kind, matcher.get_error())
         return matcher
 
     def _compile_tools(self, guide: Guide, thinking: bool) -> llguidance.LLMatcher:
@@ -346,15 +346,15 @@ def _sub_grammars(guide: Guide) -> list[dict[str, Any]]:
     if guide.kind == "json":
         schema = _parse(guide)
         if not isinstance(schema, dict):
-            raise RequestError(f"the json guide is {guide.value[:80]!r}: give a schema object")
+            raise _refusal("json", f"{guide.value[:80]!r} is no schema object")
         options = {"whitespace_pattern": WHITESPACE, **schema.get("x-guidance", {})}
         return [{"name": "answer", "json_schema": {**schema, "x-guidance": options}}]
     if guide.kind == "choice":
         texts = _parse(guide)
         if not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
-            raise RequestError(f"the choice guide is {guide.value[:80]!r}: give a list of texts")
+            raise _refusal("choice", f"{guide.value[:80]!r} is no list of texts")
         if not texts:
-            raise RequestError("the choice guide is empty: give at least one text")
+            raise _refusal("choice", "there is nothing to choose from")
         options = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         return [{"name": "answer", "lark_grammar": f"start: {options}"}]
     if guide.kind == "regex":
@@ -364,7 +364,7 @@ def _sub_grammars(guide: Guide) -> list[dict[str, Any]]:
         try:
             text = llguidance.grammar_from("gbnf", text)
         except ValueError as error:
-            raise RequestError(f"the grammar guide cannot be used: {error}") from error
+            raise _refusal("grammar", error) from error
     return [{"name": "answer", "lark_grammar": text}]
 
 
@@ -376,7 +376,11 @@ def _parse(guide: Guide) -> Any:
     try:
         return json.loads(guide.value)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the {guide.kind} guide is not JSON: {error}") from error
+        raise _refusal(guide.kind, f"it is not JSON: {error}") from error
+
+
+def _refusal(kind: str, why: object) -> RequestError:
+    return RequestError(f"the {kind} guide cannot be used: {why}", param="guide")
 
 
 def _tools_of(guide: Guide) -> dict[str, Any]:
@@ -384,7 +388,7 @@ def _tools_of(guide: Guide) -> dict[str, Any]:
     tools = value.get("tools") if isinstance(value, dict) else None
     names = [_name_of(tool) for tool in tools] if isinstance(tools, list) else []
     if not names or None in names:
-        raise RequestError("the tools guide has no tools: give them in the OpenAI form")
+        raise _refusal("tools", "there are none in the OpenAI form")
     if value.get("choice", "auto") not in ("auto", "required", *names):
         raise RequestError(
             f"the tool to be called is {value['choice']!r}: use auto, required or one of "

@@ -33,6 +33,7 @@ from aprium.serve.reply import ChatReply, Reply, TextReply
 from aprium.serve.wire import (
     ChatRequest,
     CompletionRequest,
+    ControlRequest,
     DetokenizeRequest,
     TokenizeChatRequest,
     TokenizeRequest,
@@ -53,13 +54,16 @@ class ServeConfig:
 
     `names` are those the model answers to, the first of which it gives itself. `api_keys` empty
     lets everybody in. `template_kwargs` are switches of the chat template that a request may
-    override, `sampling` the sampling where a request says nothing.
+    override, `sampling` the sampling where a request says nothing; so are `thinking_budget`, the
+    tokens that reasoning may have, and `thinking_message`, what is written where it ends by that.
     """
 
     names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
     template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    thinking_budget: int | None = None
+    thinking_message: str = ""
     max_body_bytes: int = 64 << 20
 
 
@@ -87,6 +91,7 @@ def create_app(engine: "AsyncEngine", config: ServeConfig) -> FastAPI:
     app.add_exception_handler(Exception, _on_error)
     routes = _Routes(engine, config)
     app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
+    app.add_api_route("/v1/chat/completions/control", routes.control, methods=["POST"])
     app.add_api_route("/v1/completions", routes.complete, methods=["POST"])
     app.add_api_route("/v1/models", routes.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"])
@@ -113,7 +118,8 @@ class _Routes:
         body.refuse_unsupported()
         tools = body.tool_dicts()
         switches = body.template_kwargs(self._config.template_kwargs)
-        params = body.sampling(self._config.sampling)
+        config = self._config
+        params = body.sampling(config.sampling, config.thinking_budget, config.thinking_message)
         text, tokens = await asyncio.to_thread(self._render, body, tools, switches)
         reply = ChatReply(
             body,
@@ -125,7 +131,13 @@ class _Routes:
             force_content=switches.get("enable_thinking") is False
             or bool(switches.get("force_nonempty_content")),
         )
-        return await self._respond(request, reply, [tokens], params, body)
+        return await self._respond(request, reply, [tokens], params, body, reply.thinking)
+
+    async def control(self, body: ControlRequest) -> Response:
+        """End the reasoning of a completion that is under way."""
+        self._check_model(body.model)
+        ended = await self._engine.finish_thinking(body.id)
+        return _Json({"id": body.id, "action": body.action, "applied": ended > 0})
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Continue plain prompts."""
@@ -246,9 +258,20 @@ class _Routes:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         body: ChatRequest | CompletionRequest,
+        thinking: bool = False,
     ) -> Response:
         """Generate and reply; raises before anything is sent when a prompt cannot be served."""
-        sources = [self._engine.generate(p, params, reply.id, body.cache_salt) for p in prompts]
+
+        def start() -> list[AsyncIterator[Completion]]:
+            options = {"cache_salt": body.cache_salt, "thinking": thinking}
+            return [self._engine.generate(p, params, reply.id, **options) for p in prompts]
+
+        try:
+            sources = await asyncio.to_thread(start)  # where a guide may take a while to compile
+        except RequestError as error:
+            if error.param != "guide":
+                raise
+            raise RequestError(str(error), param=body.read_guide()[1]) from error
         completions = _merge(sources, params.n)
         if body.stream:
             return _EventStream(_events(reply, completions), media_type="text/event-stream")

@@ -72,6 +72,7 @@ def launch(model: str, flags: Mapping[str, Any]) -> None:
         template = flags["chat-template"]
         chat_template = ChatTemplate.load(directory, template) if template else None
         sampling = sampling_defaults(directory, flags)
+        thinking = thinking_defaults(flags)
         engine = AsyncEngine(config, load(config))
         if engine.tokenizer is None:
             raise CheckpointError(
@@ -84,6 +85,8 @@ def launch(model: str, flags: Mapping[str, Any]) -> None:
             api_keys=_api_keys(flags),
             template_kwargs=flags["default-chat-template-kwargs"] or {},
             sampling=sampling,
+            thinking_budget=thinking.thinking_budget,
+            thinking_message=thinking.thinking_message,
         )
         _run(engine, serve, listener, flags)
     finally:
@@ -127,6 +130,18 @@ def sampling_defaults(directory: Path, flags: Mapping[str, Any]) -> dict[str, An
     except ApriumError as error:
         raise ConfigError(f"the default sampling cannot be used: {error}") from error
     return found
+
+
+def thinking_defaults(flags: Mapping[str, Any]) -> SamplingParams:
+    """Return parameters with the budget of reasoning, and the message at its end, of `flags`."""
+    budget = flags["reasoning-budget"]
+    message = flags["reasoning-budget-message"]
+    try:
+        return SamplingParams(
+            thinking_budget=None if budget == -1 else budget, thinking_message=message
+        )
+    except ApriumError as error:
+        raise ConfigError(f"--reasoning-budget and its message cannot be used: {error}") from error
 
 
 def _check_quantization(wanted: str | None, directory: Path) -> None:

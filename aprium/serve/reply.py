@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from aprium.base.records import Completion, TopLogprobs
 from aprium.serve.wire import ChatRequest, CompletionRequest
-from aprium.text.parse import Event, StreamParser, gather
+from aprium.text.parse import Event, ReasoningEnd, StreamParser, gather
 from aprium.text.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # stands for minus infinity, which JSON cannot express
@@ -118,14 +118,21 @@ class ChatReply(_Base):
     ) -> None:
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         super().__init__(request, tokenizer, [prompt], model=model, kind=kind)
+        self.thinking = thinking
         self._chat = request
         self._parsers = [
             StreamParser(thinking=thinking, tools=tools, force_content=force_content)
             for _ in range(request.n or 1)
         ]
         self._events: list[list[Event]] = [[] for _ in self._parsers]
+        names = [tool["function"]["name"] for tool in tools]
+        self._reasoning = [_ReasoningCount(tokenizer, names, thinking) for _ in self._parsers]
         self._call_ids: dict[tuple[int, int], str] = {}
         self._sent_text: dict[int, int] = {}
+
+    def _usage(self) -> dict[str, Any]:
+        counts = [self._reasoning[c.index].count(c.tokens) for c in self._latest.values()]
+        return {**super()._usage(), "completion_tokens_details": {"reasoning_tokens": sum(counts)}}
 
     def opening(self) -> list[dict[str, Any]]:
         """Return one chunk per choice that says who speaks."""
@@ -249,6 +256,23 @@ class ChatReply(_Base):
         raw = self._tokenizer.token_bytes(token)
         text = raw.decode("utf-8", "replace")
         return {"token": text, "logprob": max(logprob, _LOWEST), "bytes": list(raw)}
+
+
+class _ReasoningCount:
+    """Counts the tokens of one answer's reasoning, with the tag that ends it."""
+
+    def __init__(self, tokenizer: Tokenizer, names: Sequence[str], thinking: bool) -> None:
+        self._tokenizer, self._end = tokenizer, ReasoningEnd(names)
+        self._open, self._tail, self._count = thinking, b"", 0
+
+    def count(self, tokens: Sequence[int]) -> int:
+        """Return how many of `tokens`, which have grown since the last call, are reasoning."""
+        while self._open and self._count < len(tokens):
+            new = self._tokenizer.token_bytes(tokens[self._count])
+            self._tail, ended = self._end.push(self._tail, new)
+            self._open = not ended
+            self._count += 1
+        return self._count
 
 
 class TextReply(_Base):

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
 
 from aprium.base.errors import RequestError
-from aprium.base.records import RECOMMENDED_SAMPLING, Message, SamplingParams, ToolCall
+from aprium.base.records import RECOMMENDED_SAMPLING, Guide, Message, SamplingParams, ToolCall
+from aprium.serve.guided import GUIDE_FIELDS, read_guide, read_tool_choice, tools_guide
 
 _NEUTRAL = (None, False, 0, [], {}, "")
 _LATER = "it is not supported yet, leave it out"
-_GUIDED = "structured output is not supported yet, describe the form in the prompt instead"
 _PENALTY = "penalties are not supported, leave it out or adjust temperature and min_p"
 
 # Field -> (values that change nothing, what to do instead).
@@ -31,16 +31,8 @@ _REFUSED: dict[str, tuple[Sequence[Any], str]] = {
     "bad_words": (_NEUTRAL, "token biases are not supported, leave it out"),
     "allowed_token_ids": (_NEUTRAL, "token biases are not supported, leave it out"),
     "min_tokens": (_NEUTRAL, "use ignore_eos with max_tokens for a fixed length"),
-    "response_format": ((None, {"type": "text"}), _GUIDED),
-    "structured_outputs": (_NEUTRAL, _GUIDED),
-    "guided_json": (_NEUTRAL, _GUIDED),
-    "guided_regex": (_NEUTRAL, _GUIDED),
-    "guided_choice": (_NEUTRAL, _GUIDED),
-    "guided_grammar": (_NEUTRAL, _GUIDED),
-    "grammar": (_NEUTRAL, _GUIDED),
-    "json_schema": (_NEUTRAL, _GUIDED),
-    "thinking_token_budget": (_NEUTRAL, "limit the answer with max_completion_tokens instead"),
-    "reasoning_budget": (_NEUTRAL, "limit the answer with max_completion_tokens instead"),
+    "guided_whitespace_pattern": (_NEUTRAL, "use structured_outputs with whitespace_pattern"),
+    "structural_tag": (_NEUTRAL, "use tools for calls, or a grammar"),
     "functions": (_NEUTRAL, "use tools, which replaced it"),
     "function_call": ((None, "none", "auto"), "use tool_choice, which replaced it"),
     "web_search_options": (_NEUTRAL[:1], "the model has no web access, leave it out"),
@@ -57,6 +49,12 @@ _REFUSED: dict[str, tuple[Sequence[Any], str]] = {
     "documents": (_NEUTRAL, "put the documents into a message"),
     "kv_transfer_params": (_NEUTRAL, _LATER),
 }
+
+
+_BUDGETS = (
+    "thinking_token_budget", "reasoning_budget", "reasoning_budget_tokens",
+    "thinking_budget_tokens",
+)  # fmt: skip
 
 
 def _read_prompt(value: Any) -> Any:
@@ -100,7 +98,10 @@ class StreamOptions(BaseModel):
 
 
 class _Generation(_Body):
-    """The sampling fields that chat and plain completions share."""
+    """The sampling fields that chat and plain completions share.
+
+    Those from `response_format` on ask for a form of the answer: see `serve/guided`.
+    """
 
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -116,6 +117,19 @@ class _Generation(_Body):
     ignore_eos: bool = False
     max_tokens: StrictInt | None = None
     return_token_ids: bool = False
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | StrictStr | None = None
+    guided_regex: StrictStr | None = None
+    guided_choice: list[StrictStr] | None = None
+    guided_grammar: StrictStr | None = None
+    json_schema: dict[str, Any] | None = None
+    grammar: StrictStr | None = None
+
+    def read_guide(self) -> tuple[Guide | None, str | None]:
+        """Return the form that the answer must have, and the field that asks for it."""
+        names = ("response_format", "structured_outputs", *GUIDE_FIELDS)
+        return read_guide({name: getattr(self, name) for name in names})
 
     @property
     def include_usage(self) -> bool:
@@ -129,6 +143,7 @@ class _Generation(_Body):
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        **more: Any,
     ) -> SamplingParams:
         given = {name: getattr(self, name) for name in RECOMMENDED_SAMPLING}
         given = {k: defaults.get(k) if v is None else v for k, v in given.items()}
@@ -143,6 +158,7 @@ class _Generation(_Body):
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            **more,
         )
 
 
@@ -169,6 +185,7 @@ class CompletionRequest(_Generation):
             max_tokens=16 if self.max_tokens is None else self.max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
+            guide=self.read_guide()[0],
         )
 
 
@@ -263,18 +280,10 @@ class _Conversation(_Body):
     def tool_dicts(self) -> list[dict[str, Any]]:
         """Return the tools to offer, in the OpenAI form; none with tool_choice "none".
 
-        Raises RequestError for a choice that would need structured output.
+        Raises RequestError for a choice that there is not.
         """
-        choice = self.tool_choice
-        if choice not in (None, "auto", "none"):
-            raise RequestError(
-                f"tool_choice is {_short(choice)}: only 'auto' and 'none' are supported so far; "
-                "offer just the tool to be called and say so in a message",
-                param="tool_choice",
-            )
-        if choice == "none":
-            return []
-        return [tool.model_dump(exclude_unset=True) for tool in self.tools or ()]
+        tools = [tool.model_dump(exclude_unset=True) for tool in self.tools or ()]
+        return [] if read_tool_choice(self.tool_choice, tools) == "none" else tools
 
     def template_kwargs(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Return the template's switches: `defaults`, then the effort, then the request's own."""
@@ -296,19 +305,65 @@ class ChatRequest(_Conversation, _Generation):
     top_logprobs: StrictInt | None = None
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
+    thinking_token_budget: StrictInt | None = None
+    reasoning_budget: StrictInt | None = None
+    reasoning_budget_tokens: StrictInt | None = None
+    thinking_budget_tokens: StrictInt | None = None
+    reasoning_budget_message: StrictStr | None = None
+    nvext: dict[str, Any] | None = None
 
-    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Return how to answer; `defaults` are those of `generation_config.json`."""
+    def read_guide(self) -> tuple[Guide | None, str | None]:
+        """Return the form that the answer must have, tool calls included, and the field for it."""
+        guide, field = super().read_guide()
+        tools = self.tool_dicts()
+        if not tools:
+            return guide, field
+        choice = read_tool_choice(self.tool_choice, tools)
+        return tools_guide(tools, choice, self.parallel_tool_calls, guide), field or "tools"
+
+    def _thinking_budget(self) -> int | None:
+        """Return the tokens that reasoning may have, None where nothing is said of it."""
+        given: dict[str, Any] = {name: getattr(self, name) for name in _BUDGETS}
+        given["nvext.max_thinking_tokens"] = (self.nvext or {}).get("max_thinking_tokens")
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(set(map(repr, given.values()))) > 1:
+            names = " and ".join(given)
+            raise RequestError(f"{names} differ: give one of them", param=next(iter(given)))
+        for name, value in given.items():
+            if type(value) is not int or value < -1:
+                raise RequestError(
+                    f"{name} is {_short(value)}: give a number of tokens, or -1 for no limit",
+                    param=name,
+                )
+            return value
+        return None
+
+    def sampling(
+        self,
+        defaults: Mapping[str, Any],
+        thinking_budget: int | None = None,
+        thinking_message: str = "",
+    ) -> SamplingParams:
+        """Return how to answer; `defaults` are those of `generation_config.json`.
+
+        `thinking_budget` and `thinking_message` are those of a request that says nothing.
+        """
         if self.top_logprobs is not None and self.top_logprobs > 0 and not self.logprobs:
             raise RequestError(
                 f"top_logprobs is {self.top_logprobs}: it needs logprobs true",
                 param="top_logprobs",
             )
         limit = self.max_completion_tokens
+        budget = self._thinking_budget()
+        budget = thinking_budget if budget is None else budget
+        message = self.reasoning_budget_message
         return self._sampling(
             defaults,
             max_tokens=self.max_tokens if limit is None else limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            guide=self.read_guide()[0],
+            thinking_budget=None if budget == -1 else budget,
+            thinking_message=thinking_message if message is None else message,
         )
 
 
@@ -324,6 +379,13 @@ class TokenizeChatRequest(_Conversation):
     """The body of /tokenize with a conversation."""
 
     return_token_strs: bool = False
+
+
+class ControlRequest(_Body):
+    """The body of /v1/chat/completions/control: `id` is that of a running completion."""
+
+    id: StrictStr
+    action: Literal["reasoning_end"] = "reasoning_end"
 
 
 class DetokenizeRequest(_Body):

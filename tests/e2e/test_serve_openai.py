@@ -147,12 +147,13 @@ def test_errors_reach_the_client(client: openai.OpenAI) -> None:
         client.completions.create(model="tiny", prompt=[4000])
     with pytest.raises(openai.NotFoundError, match="'gpt' is not served here: use tiny"):
         client.completions.create(model="gpt", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="structured output"):
+    with pytest.raises(openai.BadRequestError, match="regex guide cannot be used") as caught:
         client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "x"}],
-            response_format={"type": "json_object"},
+            extra_body={"guided_regex": "("},
         )
+    assert caught.value.param == "guided_regex"
     assert [m.id for m in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError, match="there is no route /v1/embeddings"):
         client.embeddings.create(model="tiny", input="x")

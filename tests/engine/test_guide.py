@@ -637,12 +637,12 @@ def test_parameters_come_in_any_order_and_optional_ones_may_be_left_out(grammars
     [
         (Guide(kind="json", value={"type": "strin"}), "strin"),
         (Guide(kind="json", value="{"), "not JSON"),
-        (Guide(kind="json", value="[]"), "give a schema object"),
+        (Guide(kind="json", value="[]"), "no schema object"),
         (Guide(kind="regex", value="(a"), "unclosed"),
         (Guide(kind="grammar", value="start: nothing"), "nothing"),
-        (Guide(kind="choice", value=[]), "empty"),
-        (Guide(kind="choice", value=["a", 1]), "list of texts"),
-        (Guide(kind="tools", value={"tools": []}), "no tools"),
+        (Guide(kind="choice", value=[]), "nothing to choose"),
+        (Guide(kind="choice", value=["a", 1]), "no list of texts"),
+        (Guide(kind="tools", value={"tools": []}), "there are none"),
         (tools("subtract"), "'subtract'"),
         (
             Guide(

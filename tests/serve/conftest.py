@@ -37,6 +37,8 @@ class FakeEngine:
         self.hang = False
         self.fail_after: int | None = None
         self.calls: list[tuple[tuple[int, ...], SamplingParams]] = []
+        self.thinking = False
+        self.told: list[str | None] = []
         self.running = 0
         self.stopped = 0
         self.closed = False
@@ -47,10 +49,12 @@ class FakeEngine:
         params: SamplingParams,
         request_id: str | None = None,
         cache_salt: str = "",
+        thinking: bool = False,
     ) -> AsyncIterator[Completion]:
         if len(tokens) >= self.max_model_len:
             raise RequestError("the prompt is too long", param="prompt")
         self.calls.append((tuple(tokens), params))
+        self.thinking = thinking
         return self._run(tuple(tokens), params)
 
     async def _run(
@@ -105,6 +109,10 @@ class FakeEngine:
             stop_reason=END if finish == "stop" else None,
             index=index,
         )
+
+    async def finish_thinking(self, request_id: str | None = None) -> int:
+        self.told.append(request_id)
+        return self.running
 
     async def close(self) -> None:
         self.closed = True

@@ -64,6 +64,9 @@ def test_chat_whole(client: TestClient, engine: FakeEngine) -> None:
         "completion_tokens": used,
         "total_tokens": len(tokens) + used,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": len(engine.tokenizer.encode("why</think>"))
+        },
     }
 
 
@@ -316,10 +319,25 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "penalties"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "leave it out"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "structured output"),
-    ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "structured output"),
-    ({"tool_choice": "required"}, "tool_choice", "'auto' and 'none'"),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "offer"),
+    ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+    ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "both ask for a form"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "give one"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "give one"),
+    ({"tool_choice": "required"}, "tool_choice", "give tools"),
+    ({"tool_choice": "often"}, "tool_choice", "use auto, none, required"),
+    (
+        {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]},
+        "tool_choice",
+        "not among the tools",
+    ),
+    ({"thinking_token_budget": -2}, "thinking_token_budget", "-1 for no limit"),
+    ({"nvext": {"max_thinking_tokens": "x"}}, "nvext.max_thinking_tokens", "number of tokens"),
+    (
+        {"thinking_token_budget": 5, "reasoning_budget": 6},
+        "thinking_token_budget",
+        "give one of them",
+    ),
+    ({"reasoning_budget_message": "</think>"}, "thinking_message", "tags that end"),
     ({"tools": [{"type": "function"}]}, "tools.0.function", "missing"),
     ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools.0.type", "retrieval"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "'messages'"),
@@ -529,3 +547,100 @@ def test_a_reader_that_breaks_off_stops_its_generation(engine: FakeEngine) -> No
 
     asyncio.run(talk())
     assert (engine.running, engine.stopped) == (0, 1)
+
+
+GUIDED = [
+    ({"response_format": {"type": "json_object"}}, "json", {"type": "object"}),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "null"}}}},
+        "json",
+        {"type": "null"},
+    ),
+    ({"guided_json": {"type": "null"}}, "json", {"type": "null"}),
+    ({"guided_json": '{"type": "null"}'}, "json", {"type": "null"}),
+    ({"json_schema": {"type": "null"}}, "json", {"type": "null"}),
+    ({"structured_outputs": {"json": {"type": "null"}}}, "json", {"type": "null"}),
+    ({"structured_outputs": {"json_object": True}}, "json", {"type": "object"}),
+    ({"guided_regex": "a+"}, "regex", "a+"),
+    ({"structured_outputs": {"regex": "a+", "choice": None}}, "regex", "a+"),
+    ({"guided_choice": ["a", "b"]}, "choice", ["a", "b"]),
+    ({"grammar": 'root ::= "a"'}, "grammar", 'root ::= "a"'),
+    ({"guided_grammar": 'start: "a"'}, "grammar", 'start: "a"'),
+]
+
+
+@pytest.mark.parametrize(("body", "kind", "value"), GUIDED)
+def test_forms_of_every_spelling(
+    client: TestClient, engine: FakeEngine, body: dict[str, Any], kind: str, value: Any
+) -> None:
+    for path, prompt in (
+        ("chat/completions", {"messages": USER}),
+        ("completions", {"prompt": "x"}),
+    ):
+        assert client.post(f"/v1/{path}", json={**prompt, **body}).status_code == 200
+        guide = engine.calls[-1][1].guide
+        assert guide is not None and guide.kind == kind
+        assert (json.loads(guide.value) if kind in ("json", "choice") else guide.value) == value
+        assert engine.thinking == (path == "chat/completions")
+
+
+def test_tools_are_always_guided(client: TestClient, engine: FakeEngine) -> None:
+    named = {"type": "function", "function": {"name": "f"}}
+    form = {"type": "json_object"}
+    for choice, expected in ((None, "auto"), ("required", "required"), (named, "f")):
+        engine.script = CALL
+        body = {"tool_choice": choice, "parallel_tool_calls": False, "response_format": form}
+        chat(client, tools=[TOOL], **body)
+        guide = engine.calls[-1][1].guide
+        assert guide is not None and guide.kind == "tools"
+        value = json.loads(guide.value)
+        assert (value["tools"], value["choice"], value["parallel"]) == ([TOOL], expected, False)
+        assert (value["answer"] is not None) == (expected == "auto")
+    chat(client, tools=[TOOL], tool_choice="none")
+    assert engine.calls[-1][1].guide is None
+
+
+def test_thinking_budgets_of_every_spelling(
+    make_client: Callable[..., TestClient], engine: FakeEngine
+) -> None:
+    client = make_client(thinking_budget=70, thinking_message="enough")
+    for body, expected in (
+        ({}, 70),
+        ({"thinking_token_budget": 5}, 5),
+        ({"reasoning_budget": 0}, 0),
+        ({"reasoning_budget_tokens": 5, "thinking_budget_tokens": 5}, 5),
+        ({"nvext": {"max_thinking_tokens": 9}}, 9),
+        ({"reasoning_budget": -1}, None),
+    ):
+        chat(client, **body)
+        params = engine.calls[-1][1]
+        assert (params.thinking_budget, params.thinking_message) == (expected, "enough")
+    chat(client, reasoning_budget_message="stop")
+    assert engine.calls[-1][1].thinking_message == "stop"
+
+
+def test_reasoning_can_be_ended(client: TestClient, engine: FakeEngine) -> None:
+    path = "/v1/chat/completions/control"
+    reply = client.post(path, json={"id": "chatcmpl-1", "action": "reasoning_end"})
+    assert reply.json() == {"id": "chatcmpl-1", "action": "reasoning_end", "applied": False}
+    assert engine.told == ["chatcmpl-1"]
+    assert failure(client.post(path, json={}), 400)["param"] == "id"
+    assert failure(client.post(path, json={"id": "x", "action": "y"}), 400)["param"] == "action"
+
+
+def test_reasoning_tokens_of_calls_and_without_thinking(
+    client: TestClient, engine: FakeEngine
+) -> None:
+    def counted(**body: Any) -> int:
+        return chat(client, **body)["usage"]["completion_tokens_details"]["reasoning_tokens"]
+
+    engine.script = "hm " + CALL
+    header = "hm " + CALL[: CALL.index("<parameter")].rstrip()
+    assert counted(tools=[TOOL]) == len(engine.tokenizer.encode(header))
+    assert counted(reasoning_effort="none") == 0
+    chunks = events(
+        client, "/v1/chat/completions", messages=USER, tools=[TOOL],
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    details = chunks[-1]["usage"]["completion_tokens_details"]
+    assert details == {"reasoning_tokens": counted(tools=[TOOL])}
