@@ -85,6 +85,49 @@ def test_a_row_is_the_same_in_any_batch(params, vocab, seed, random):
         assert got == [together[i] for i in part]  # tokens and floats, bit for bit
 
 
+def bits_of(allowed, vocab):
+    mask = bytearray(-(-vocab // 32) * 4)
+    for token in allowed:
+        mask[token // 8] |= 1 << token % 8
+    return bytes(mask)
+
+
+def picked(logits):
+    """What the kernel gives, in PyTorch."""
+    best = logits.max(-1)
+    mass = (logits - best.values.unsqueeze(1)).exp().sum(-1).log()
+    return list(zip(best.indices.tolist(), best.values.tolist(), mass.tolist(), strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(params_strategy, min_size=1, max_size=5),
+    st.sampled_from([7, 272, 1009]),
+    st.integers(0, 1000),
+    st.randoms(use_true_random=False),
+)
+def test_a_mask_is_as_if_there_were_no_other_tokens(params, vocab, seed, random):
+    """Only its tokens are chosen, as from a vocabulary of them; log-probabilities are of all."""
+    count = len(params)
+    logits = rows(count, vocab, seed)
+    seeds, positions = [random.getrandbits(62) for _ in range(count)], list(range(count))
+    allowed = [sorted(random.sample(range(vocab), random.randrange(1, vocab))) for _ in params]
+    masks = [bits_of(tokens, vocab) if random.random() < 0.8 else None for tokens in allowed]
+    together = sample(logits, params, seeds, positions, masks=masks)
+    logprobs = torch.log_softmax(logits, -1)
+    for i, choice in enumerate(together):
+        only = allowed[i] if masks[i] is not None else list(range(vocab))
+        small = sample(logits[i : i + 1, only], [params[i]], [seeds[i]], [positions[i]])[0]
+        assert choice.token == only[small.token]
+        assert choice.logprob == logprobs[i, choice.token]
+        one = sample(logits[i : i + 1], [params[i]], [seeds[i]], [positions[i]], masks=[masks[i]])
+        assert one == [choice]
+    kernel = sample(logits, params, seeds, positions, picked, masks)
+    assert [c.token for c in kernel] == [c.token for c in together]
+    for mine, theirs in zip(kernel, together, strict=True):
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+
+
 def test_a_large_vocabulary_is_also_independent_of_the_batch():
     logits = rows(5, 131072, spread=2.0)
     params = [SamplingParams(temperature=1.0, top_p=p, logprobs=3) for p in (0.5, 0.9, 0.99, 1, 1)]

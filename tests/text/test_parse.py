@@ -51,6 +51,10 @@ def arguments(parsed: Parsed) -> list[dict[str, Any]]:
     return [json.loads(c.arguments) for c in parsed.tool_calls]
 
 
+# JSON with a string that is never closed, and what follows it.
+BROKEN = call('<parameter=o>\n{"k": "a</parameter>\n<parameter=s>\nx\n</parameter>\n') + "\nso"
+
+
 @pytest.mark.parametrize(
     ("text", "thinking", "reasoning", "content"),
     [
@@ -143,6 +147,38 @@ def test_a_value_may_mention_tags() -> None:
     code = "print('</function>')\nx = '<parameter=y>' # <tool_call> </think>"
     parsed = whole(call(f"<parameter=s>\n{code}\n</parameter>\n"))
     assert arguments(parsed) == [{"s": code}]
+
+
+def test_json_may_mention_tags_in_its_strings() -> None:
+    text = json.dumps({"k": 'a</parameter> \\"</function> </tool_call>', "j": 1})
+    parsed = whole(call(f"<parameter=o>\n{text}\n</parameter>\n"))
+    assert arguments(parsed) == [{"o": json.loads(text)}]
+    cut = whole(call('<parameter=o>\n{"k": "a</parameter>\n<parameter=s>\nx\n</parameter>\n'))
+    assert arguments(cut) == [{"o": '{"k": "a', "s": "x"}]
+
+
+def test_references_are_followed() -> None:
+    tool = {
+        "name": "f",
+        "parameters": {
+            "properties": {
+                "o": {"$ref": "#/$defs/thing", "description": "x"},
+                "m": {"anyOf": [{"$ref": "#/$defs/number"}, {"type": "null"}]},
+                "a": {"allOf": [{"$ref": "#/$defs/number"}], "title": "A"},
+                "loop": {"$ref": "#/$defs/loop"},
+                "lost": {"$ref": "#/$defs/none"},
+            },
+            "$defs": {
+                "thing": {"type": "object", "properties": {}},
+                "number": {"type": "integer"},
+                "loop": {"$ref": "#/$defs/loop"},
+            },
+        },
+    }
+    values = {"o": '{"k": 1}', "m": "5", "a": "6", "loop": "7", "lost": "8"}
+    body = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in values.items())
+    parsed = parse(call(body), thinking=False, tools=[tool])
+    assert arguments(parsed) == [{"o": {"k": 1}, "m": 5, "a": 6, "loop": "7", "lost": "8"}]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +281,7 @@ def split_texts(draw: st.DrawFn) -> tuple[str, list[str]]:
 @settings(max_examples=1500, deadline=None)
 @given(split_texts(), st.booleans(), st.booleans(), st.booleans())
 @example(("a</function>\n</tool_call>", ["a</function>", "\n", "</tool_call>"]), True, True, False)
+@example((BROKEN, [BROKEN[:50], BROKEN[50:90], BROKEN[90:]]), False, True, False)
 def test_stream_equals_whole(
     case: tuple[str, list[str]], thinking: bool, with_tools: bool, force: bool
 ) -> None:
