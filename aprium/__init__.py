@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from aprium.base.records import Completion, Message, SamplingParams
+    from aprium.base.records import Completion, Guide, Message, SamplingParams
     from aprium.engine.client import LLM, AsyncEngine
     from aprium.engine.config import EngineConfig
     from aprium.engine.conversation import Session
@@ -18,6 +18,7 @@ _EXPORTS = {
     "EngineConfig": "aprium.engine.config",
     "Session": "aprium.engine.conversation",
     "SamplingParams": "aprium.base.records",
+    "Guide": "aprium.base.records",
     "Message": "aprium.base.records",
     "Completion": "aprium.base.records",
 }
@@ -28,6 +29,7 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineConfig",
+    "Guide",
     "Message",
     "SamplingParams",
     "Session",

@@ -170,6 +170,17 @@ class CompletionRequest(_Generation):
     logprobs: StrictInt | None = None
     add_special_tokens: bool = True
 
+    def refuse_unsupported(self) -> None:
+        """Raise RequestError for a field that would change the answer and is not supported."""
+        super().refuse_unsupported()
+        for name in _BUDGETS:
+            if (self.model_extra or {}).get(name) not in (None, -1):
+                raise RequestError(
+                    f"{name} is for reasoning, which a plain prompt knows nothing of: send "
+                    "messages to /v1/chat/completions",
+                    param=name,
+                )
+
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one."""
         if isinstance(self.prompt, str):

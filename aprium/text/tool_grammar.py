@@ -76,8 +76,9 @@ def tool_grammar(
     With `required` there is nothing but calls, else text may stand before and between them, or,
     with `answer`, a grammar of that name may be followed instead. Without `parallel` there is at
     most one call, which ends the answer. With `thinking` it begins inside reasoning, which ends
-    with its tag or with a call. `levels` has one for each tool. Raises RequestError for a tool
-    that cannot be called, or cannot be kept to at its level.
+    with its tag or with a call, or may be all there is where nothing else is asked for. `levels`
+    has one for each tool. Raises RequestError for a tool that cannot be called, or cannot be kept
+    to at its level.
     """
     levels = levels or [Level.STRICT] * len(tools)
     rules: list[str] = []
@@ -107,6 +108,8 @@ def tool_grammar(
             for i, name in enumerate(names)
         ]
         body = f"reason body | {out}"
+        if not required and not answer:
+            body += " | unfinished"  # it may end anywhere, then
     rules += [
         "head[lazy]: /(?s:.*)<tool_call>/",
         "tail: TAIL",
@@ -117,12 +120,19 @@ def tool_grammar(
 
 
 def reasoning_rule(names: Sequence[str] = ()) -> str:
-    """Return a rule `reason`: reasoning and its closing tag, without a call of a tool `names`."""
+    """Return a rule `reason`: reasoning and its closing tag, without a call of a tool `names`.
+
+    With names another rule, `unfinished`, is reasoning that has neither.
+    """
     if not names:
         return "reason[lazy]: /(?s:.*)<\\/think>/"
-    called = "|".join(map(_quote, names))
-    header = f"<tool_call>\\s{{0,64}}<function=({called})>"
-    return f"reason[lazy]: REASON\nREASON: /(?s:.*)<\\/think>/ & ~/(?s:.*){header}(?s:.*)/"
+    header = f"<tool_call>\\s{{0,64}}<function=({'|'.join(map(_quote, names))})>"
+    return (
+        "reason[lazy]: REASON\n"
+        f"REASON: /(?s:.*)<\\/think>/ & ~/(?s:.*){header}(?s:.*)/\n"
+        "unfinished: UNFINISHED\n"
+        f"UNFINISHED: /(?s:.*)/ & ~/(?s:.*)(<\\/think>|{header})(?s:.*)/"
+    )
 
 
 class _Tool:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aprium import LLM
+from aprium.base.config import from_dict, to_dict
 from aprium.base.errors import RequestError
 from aprium.base.records import Guide, Request, SamplingParams
 from aprium.checkpoint.hub import PICO_DIR
@@ -496,6 +497,11 @@ def test_what_is_no_guide_is_refused(grammars, guide, words):
         with pytest.raises(RequestError) as caught:
             grammars.check(SamplingParams(guide=guide), thinking)
         assert words in str(caught.value)
+
+
+def test_parameters_survive_being_written_down():
+    params = SamplingParams(guide=tools("required"), thinking_budget=3)
+    assert from_dict(SamplingParams, json.loads(json.dumps(to_dict(params)))) == params
 
 
 def test_bad_records_are_refused():

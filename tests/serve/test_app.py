@@ -619,6 +619,12 @@ def test_thinking_budgets_of_every_spelling(
     assert engine.calls[-1][1].thinking_message == "stop"
 
 
+def test_plain_prompts_have_no_reasoning_to_limit(client: TestClient) -> None:
+    body = {"prompt": "x", "thinking_token_budget": 5}
+    error = failure(client.post("/v1/completions", json=body), 400)
+    assert error["param"] == "thinking_token_budget" and "messages" in error["message"]
+
+
 def test_reasoning_can_be_ended(client: TestClient, engine: FakeEngine) -> None:
     path = "/v1/chat/completions/control"
     reply = client.post(path, json={"id": "chatcmpl-1", "action": "reasoning_end"})

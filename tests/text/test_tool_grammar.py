@@ -171,6 +171,13 @@ def ends_with(grammars, guide, thinking, tokens):
     return walker.complete or 2 in allowed(walker.masks()[0])
 
 
+def test_reasoning_may_be_all_there_is_unless_more_is_asked_for(grammars, tokenizer):
+    tokens = tokenizer.encode("hm, <tool_call> is")
+    assert ends_with(grammars, tools("auto"), True, tokens)
+    assert not ends_with(grammars, tools("required"), True, tokens)
+    assert not ends_with(grammars, tools(answer={"kind": "regex", "value": "a"}), True, tokens)
+
+
 def test_parameters_come_in_any_order_and_optional_ones_may_be_left_out(grammars, tokenizer):
     fields = {f"p{i}": {"type": "integer"} for i in range(9)}
     schema = {"type": "object", "properties": fields, "required": ["p3", "p7"]}
