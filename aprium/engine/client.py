@@ -165,9 +165,14 @@ class LLM:
         said = said[0][:-1], said[1][:-1]
         jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
         jobs.add(tokens, params, said=said, **options)
-        started = [a.completion() for a in jobs.assemblers.values() if said[0]]
-        grown = (a.completion() for batch in self._run(jobs) for a in batch)
-        return itertools.chain(started, grown)
+        return self._grow(jobs, bool(said[0]))
+
+    def _grow(self, jobs: "_Jobs", begun: bool) -> Iterator[Completion]:
+        """Yield what there is already, where an earlier run has `begun`, then what comes."""
+        if begun:
+            yield from (a.completion() for a in jobs.assemblers.values())
+        for batch in self._run(jobs):
+            yield from (a.completion() for a in batch)
 
     def opens_reasoning(self, tokens: Sequence[int]) -> bool:
         """Say whether a prompt that the chat template made ends inside the reasoning."""

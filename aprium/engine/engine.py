@@ -20,7 +20,7 @@ from aprium.checkpoint.load import Checkpoint, load_checkpoint, update_weights
 from aprium.engine.cache import Cache
 from aprium.engine.config import CACHE_DTYPES, DTYPES, SSM_DTYPES, EngineConfig, EngineStats
 from aprium.engine.guide import Grammars, SequenceGuide
-from aprium.engine.memory import Budget, plan_cache, step_bytes
+from aprium.engine.memory import Budget, CachePlan, plan_cache, step_bytes
 from aprium.engine.prefix import Meta, Node, PrefixCache
 from aprium.engine.request import LiveSequence
 from aprium.engine.runner import Runner, SegmentResult
@@ -57,7 +57,6 @@ class Engine:
         if eos_token_ids is None:
             eos_token_ids = _eos_token_ids(self.checkpoint)
         self.eos_token_ids = frozenset(eos_token_ids)
-        device = model.backbone.embeddings.weight.device
         speculative = config.speculative
         if speculative is not None and speculative.kind == "mtp" and not shape.num_mtp_layers:
             raise ConfigError(
@@ -65,20 +64,10 @@ class Engine:
                 "ngram, or none"
             )
         self._length = DraftLength(speculative) if speculative else None
-        kv_dtype = CACHE_DTYPES.get(config.kv_cache_dtype, model.compute_dtype)
-        ssm_dtype = SSM_DTYPES[config.mamba_ssm_cache_dtype]
-        ring_size = speculative.num_speculative_tokens + 1 if speculative else 0
-        self.plan = plan_cache(
-            shape,
-            dtype=kv_dtype,
-            ssm_dtype=ssm_dtype,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            caches=config.enable_prefix_caching,
-            page_size=config.block_size,
-            kv_cache_bytes=config.kv_cache_bytes,
-            budget=_budget(config, self.checkpoint, ring_size),
-        )
+        self._ring_size = speculative.num_speculative_tokens + 1 if speculative else 0
+        self._kv_dtype = CACHE_DTYPES.get(config.kv_cache_dtype, model.compute_dtype)
+        self._ssm_dtype = SSM_DTYPES[config.mamba_ssm_cache_dtype]
+        self.plan = self._plan_memory()
         get_logger("engine").info(self.plan.table(_weight_bytes(self.checkpoint)))
         self.max_model_len = self.plan.max_model_len
         if not config.enable_chunked_prefill and config.max_num_batched_tokens < self.max_model_len:
@@ -87,17 +76,7 @@ class Engine:
                 f"prefill a step must take a whole sequence of {self.max_model_len} tokens "
                 "(raise it, or lower max_model_len)"
             )
-        state = HybridState.allocate(
-            shape,
-            num_slots=self.plan.num_slots,
-            num_pages=self.plan.num_pages,
-            page_size=self.plan.page_size,
-            dtype=kv_dtype,
-            ssm_dtype=ssm_dtype,
-            ring_size=ring_size,
-            stochastic=config.mamba_cache_stochastic_rounding,
-            device=device,
-        )
+        state = self._make_state()
         bind(model, config.activation_dtype)
         self.weight_version = 0
         self.store = self._make_store()
@@ -107,6 +86,35 @@ class Engine:
         self._num_steps = self._prompt_tokens = self._generated_tokens = 0
         self._num_finished = self._num_aborted = self._num_expired = 0
         self._step_s = 0.0
+
+    def _plan_memory(self) -> CachePlan:
+        """Choose the sizes of the generation state on this machine."""
+        config = self.config
+        return plan_cache(
+            self.checkpoint.config,
+            dtype=self._kv_dtype,
+            ssm_dtype=self._ssm_dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            caches=config.enable_prefix_caching,
+            page_size=config.block_size,
+            kv_cache_bytes=config.kv_cache_bytes,
+            budget=_budget(config, self.checkpoint, self._ring_size),
+        )
+
+    def _make_state(self) -> HybridState:
+        """Allocate the generation state that was planned."""
+        return HybridState.allocate(
+            self.checkpoint.config,
+            num_slots=self.plan.num_slots,
+            num_pages=self.plan.num_pages,
+            page_size=self.plan.page_size,
+            dtype=self._kv_dtype,
+            ssm_dtype=self._ssm_dtype,
+            ring_size=self._ring_size,
+            stochastic=self.config.mamba_cache_stochastic_rounding,
+            device=self.checkpoint.model.backbone.embeddings.weight.device,
+        )
 
     def _make_scheduler(self) -> Scheduler:
         """Make the scheduler and the books of its pages and slots."""

@@ -117,6 +117,11 @@ class Sessions:
             raise SessionError(f"there is no session {id!r}: create it first", "unknown")
         return record
 
+    def check_idle(self, record: SessionRecord) -> None:
+        """Raise SessionError where the session is answering."""
+        if record.busy:
+            raise SessionError(f"session {record.id!r} is answering: wait, or fork it", "busy")
+
     def all(self) -> list[SessionRecord]:
         """Return all sessions, the oldest first."""
         return sorted(self._records.values(), key=lambda r: (r.created, r.id))
@@ -140,8 +145,7 @@ class Sessions:
         """Forget a session, its files too; what others share of its state stays."""
         with self._lock:
             record = self.get(id)
-            if record.busy:
-                raise _busy(id)
+            self.check_idle(record)
             del self._records[id]
         record.tokens = ()
         self._hold(record)
@@ -153,8 +157,7 @@ class Sessions:
         """Begin a turn, or go on with one that was cut off; the session is busy until it ends."""
         with self._lock:
             record = self.get(id)
-            if record.busy:
-                raise _busy(id)
+            self.check_idle(record)
             record.busy, record.running = True, running
         self._noted[id] = len(running.generated)
         if self._directory is not None:
@@ -335,7 +338,3 @@ def _write(path: Path, data: bytes) -> None:
     partial.touch(mode=0o600)
     partial.write_bytes(data)
     partial.replace(path)
-
-
-def _busy(id: str) -> SessionError:
-    return SessionError(f"session {id!r} is answering: wait, or fork it", "busy")

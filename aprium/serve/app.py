@@ -10,6 +10,7 @@ Every error is JSON of one form, also inside a stream that has begun.
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import hmac
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
@@ -26,10 +27,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import aprium
-from aprium.base.errors import ApriumError, EngineError, RequestError, TemplateError
+from aprium.base import records
+from aprium.base.errors import (
+    ApriumError,
+    EngineError,
+    RequestError,
+    SessionError,
+    TemplateError,
+)
 from aprium.base.log import get_logger
 from aprium.base.records import Completion, SamplingParams
 from aprium.serve.reply import ChatReply, Reply, TextReply
+from aprium.serve.sessions import ResumeSession, SessionRoutes, Turn, new_turn
 from aprium.serve.wire import (
     ChatRequest,
     CompletionRequest,
@@ -95,6 +104,17 @@ def create_app(engine: "AsyncEngine", config: ServeConfig) -> FastAPI:
     app.add_api_route("/v1/completions", routes.complete, methods=["POST"])
     app.add_api_route("/v1/models", routes.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"])
+    sessions = SessionRoutes(engine)
+    for path, handler, method in (
+        ("", sessions.create, "POST"),
+        ("", sessions.all, "GET"),
+        ("/{id}", sessions.get, "GET"),
+        ("/{id}", sessions.delete, "DELETE"),
+        ("/{id}/fork", sessions.fork, "POST"),
+        ("/{id}/save", sessions.save, "POST"),
+        ("/{id}/resume", routes.resume, "POST"),
+    ):
+        app.add_api_route(f"/v1/sessions{path}", handler, methods=[method], response_model=None)
     app.add_api_route("/tokenize", routes.tokenize, methods=["POST"])
     app.add_api_route("/detokenize", routes.detokenize, methods=["POST"])
     app.add_api_route("/health", routes.health, methods=["GET"])
@@ -120,18 +140,56 @@ class _Routes:
         switches = body.template_kwargs(self._config.template_kwargs)
         config = self._config
         params = body.sampling(config.sampling, config.thinking_budget, config.thinking_message)
-        text, tokens = await asyncio.to_thread(self._render, body, tools, switches)
-        reply = ChatReply(
+        record = self._engine.sessions.get(body.session) if body.session is not None else None
+        past = record.messages if record is not None else ()
+        text, tokens = await asyncio.to_thread(self._render, body, tools, switches, past)
+        turn = None
+        if record is not None:
+            running = new_turn(body, tokens, params, tools)
+            params = running.params
+            turn = Turn(self._engine, record, running, starts_in_reasoning(text))
+        reply = self._chat_reply(body, tokens, starts_in_reasoning(text), tools, switches)
+        return await self._respond(request, reply, [tokens], params, body, reply.thinking, turn)
+
+    async def resume(
+        self, id: str, request: Request, body: ResumeSession | None = None
+    ) -> Response:
+        """Finish a turn of a session that was cut off; the answer is that of a chat."""
+        record = self._engine.sessions.get(id)
+        running = record.running
+        if running is None or not record.interrupted:
+            raise SessionError(f"session {id!r} has no turn to resume", "busy")
+        asked = running.options.get("body") or {"messages": [{"role": "user", "content": ""}]}
+        stream = body is not None and body.stream
+        chat = ChatRequest.model_validate({**asked, "stream": stream, "session": id})
+        tokens = list(running.prompt)
+        tail = self._tokenizer.decode(tokens[-8:], skip_special_tokens=False)
+        thinking, tools = starts_in_reasoning(tail), running.options.get("tools") or []
+        switches = chat.template_kwargs(self._config.template_kwargs)
+        reply = self._chat_reply(chat, tokens, thinking, tools, switches)
+        turn = Turn(self._engine, record, running, thinking)
+        return await self._respond(
+            request, reply, [tokens], running.params, chat, reply.thinking, turn
+        )
+
+    def _chat_reply(
+        self,
+        body: ChatRequest,
+        tokens: Sequence[int],
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]],
+        switches: Mapping[str, Any],
+    ) -> ChatReply:
+        return ChatReply(
             body,
             self._tokenizer,
             tokens,
             model=body.model or self._config.names[0],
-            thinking=starts_in_reasoning(text),
+            thinking=thinking,
             tools=tools,
             force_content=switches.get("enable_thinking") is False
             or bool(switches.get("force_nonempty_content")),
         )
-        return await self._respond(request, reply, [tokens], params, body, reply.thinking)
 
     async def control(self, body: ControlRequest) -> Response:
         """End the reasoning of a completion that is under way."""
@@ -232,10 +290,14 @@ class _Routes:
         body: ChatRequest | TokenizeChatRequest,
         tools: Sequence[dict[str, Any]],
         switches: Mapping[str, Any],
+        past: Sequence[records.Message] = (),
     ) -> tuple[str, list[int]]:
-        """Return the prompt of a conversation, as text and as ids."""
+        """Return the prompt of a conversation, after its `past`, as text and as ids."""
         text = self._template.render(
-            body.records(), tools, add_generation_prompt=body.add_generation_prompt, **switches
+            [*past, *body.records()],
+            tools,
+            add_generation_prompt=body.add_generation_prompt,
+            **switches,
         )
         return text, self._tokenizer.encode(text)
 
@@ -259,12 +321,22 @@ class _Routes:
         params: SamplingParams,
         body: ChatRequest | CompletionRequest,
         thinking: bool = False,
+        turn: Turn | None = None,
     ) -> Response:
         """Generate and reply; raises before anything is sent when a prompt cannot be served."""
+        options: dict[str, Any] = {
+            "cache_salt": turn.record.cache_salt if turn is not None else body.cache_salt,
+            "thinking": thinking,
+            "priority": body.priority,
+            "deadline_s": body.deadline_s,
+            "share": _share(request.headers),
+        }
+        if turn is not None:
+            options |= turn.options
 
         def start() -> list[AsyncIterator[Completion]]:
-            options = {"cache_salt": body.cache_salt, "thinking": thinking}
-            return [self._engine.generate(p, params, reply.id, **options) for p in prompts]
+            sources = [self._engine.generate(p, params, reply.id, **options) for p in prompts]
+            return sources if turn is None else [turn.follow(source) for source in sources]
 
         try:
             sources = await asyncio.to_thread(start)  # where a guide may take a while to compile
@@ -366,6 +438,12 @@ async def _until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _share(headers: Headers) -> str:
+    """Name the client that fair shares are counted for: its key, which is not kept."""
+    key = headers.get("authorization", "")
+    return hashlib.blake2b(key.encode(), digest_size=8).hexdigest() if key else ""
+
+
 class _EventStream(StreamingResponse):
     """A stream of events that ends, and stops its source, when the client goes away."""
 
@@ -415,6 +493,8 @@ def _explain(error: Exception) -> tuple[int, str, str | None]:
         return 400, str(error), error.param
     if isinstance(error, TemplateError):
         return 400, str(error), "messages"
+    if isinstance(error, SessionError):
+        return {"unknown": 404, "busy": 409, "file": 400}[error.reason], str(error), "session"
     if isinstance(error, EngineError):
         return 503, str(error), None
     get_logger("serve").error("a request has failed", exc_info=error)

@@ -168,6 +168,7 @@ FLAGS: tuple[Flag, ...] = (
         kind="count",
         help="Most that directory may hold, also as 50G; default: no limit.",
     ),
+    Flag(name="session-dir", help="Directory for sessions, which outlive the server."),
     Flag(
         name="memory-utilization",
         kind="float",

@@ -39,6 +39,7 @@ _ENGINE_FIELDS = {
     "prefix-cache-ram-bytes": "prefix_cache_ram_bytes",
     "prefix-cache-dir": "prefix_cache_dir",
     "prefix-cache-disk-bytes": "prefix_cache_disk_bytes",
+    "session-dir": "session_dir",
     "speculative-config": "speculative",
     "load": "load",
     "max-model-len": "max_model_len",

@@ -117,7 +117,10 @@ class SessionRoutes:
 
 
 class Turn:
-    """One turn of a session on its way; `options` are what the engine is told beside."""
+    """One turn of a session; `options` are what the engine is told beside.
+
+    Raises SessionError where the session is answering already.
+    """
 
     def __init__(
         self, engine: "AsyncEngine", record: "SessionRecord", running: "Running", thinking: bool
@@ -125,19 +128,17 @@ class Turn:
         self._engine, self._sessions = engine, engine.sessions
         self._running, self._thinking = running, thinking
         self.record = record
+        engine.sessions.check_idle(record)
         self.options: dict[str, Any] = {"keep_every": self._sessions.keep_every}
         if running.generated:  # its last token is chosen anew, so that an end is found again
             self.options["said"] = running.generated[:-1], running.logprobs[:-1]
-
-    async def begin(self) -> None:
-        """Take the session; raises SessionError where it is answering already."""
-        await asyncio.to_thread(self._sessions.begin, self.record.id, self._running)
 
     async def follow(
         self, completions: AsyncIterator[Completion]
     ) -> AsyncGenerator[Completion, None]:
         """Yield `completions`, writing down what they come to."""
         last: Completion | None = None
+        await asyncio.to_thread(self._sessions.begin, self.record.id, self._running)
         try:
             async for last in completions:
                 self._sessions.note(self.record, last)

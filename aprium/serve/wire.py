@@ -26,7 +26,6 @@ _REFUSED: dict[str, tuple[Sequence[Any], str]] = {
     "repetition_penalty": ((None, 1), _PENALTY),
     "length_penalty": ((None, 1), "beam search is not supported, leave it out"),
     "use_beam_search": (_NEUTRAL, "beam search is not supported, use n and temperature"),
-    "best_of": ((None, 1), "use n, and choose among the answers by logprobs"),
     "logit_bias": (_NEUTRAL, "token biases are not supported, leave it out"),
     "bad_words": (_NEUTRAL, "token biases are not supported, leave it out"),
     "allowed_token_ids": (_NEUTRAL, "token biases are not supported, leave it out"),
@@ -106,7 +105,10 @@ class _Generation(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     cache_salt: StrictStr = ""
+    priority: StrictInt = 0
+    deadline_s: float | None = None
     n: StrictInt | None = None
+    best_of: StrictInt | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: StrictInt | None = None
@@ -154,6 +156,7 @@ class _Generation(_Body):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             n=1 if self.n is None else self.n,
+            best_of=self.best_of,
             seed=self.seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
@@ -314,6 +317,7 @@ class ChatRequest(_Conversation, _Generation):
     max_completion_tokens: StrictInt | None = None
     logprobs: bool = False
     top_logprobs: StrictInt | None = None
+    session: StrictStr | None = None
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
     thinking_token_budget: StrictInt | None = None

@@ -31,6 +31,7 @@ class FakeEngine:
         self.template = ChatTemplate.load(directory)
         self.config = SimpleNamespace(model=str(directory))
         self.max_model_len = 500
+        self.sessions = SimpleNamespace(get=None)
         self.generation_config = {"temperature": 0.5}
         self.failed: EngineError | None = None
         self.script: str | list[str] = "hello there"
@@ -50,11 +51,12 @@ class FakeEngine:
         request_id: str | None = None,
         cache_salt: str = "",
         thinking: bool = False,
+        **options: Any,
     ) -> AsyncIterator[Completion]:
         if len(tokens) >= self.max_model_len:
             raise RequestError("the prompt is too long", param="prompt")
         self.calls.append((tuple(tokens), params))
-        self.thinking = thinking
+        self.thinking, self.options = thinking, options
         return self._run(tuple(tokens), params)
 
     async def _run(

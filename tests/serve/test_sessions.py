@@ -1,0 +1,157 @@
+"""Sessions over HTTP, on the engine itself: what is remembered, forked, refused and resumed."""
+
+import asyncio
+import json
+
+import pytest
+from starlette.testclient import TestClient
+
+from aprium.base.records import SamplingParams
+from aprium.engine.client import AsyncEngine
+from aprium.engine.config import EngineConfig
+from aprium.engine.engine import load
+from aprium.engine.sessions import Running
+from aprium.serve.app import ServeConfig, create_app
+from aprium.serve.sessions import Turn, new_turn
+from aprium.serve.wire import ChatRequest
+
+QUIET = {"chat_template_kwargs": {"enable_thinking": False}, "temperature": 0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return load(EngineConfig(model="pico"))
+
+
+@pytest.fixture
+def serve(checkpoint, tmp_path):
+    """Return a function that starts a server over one directory; each start is a new process'."""
+    clients = []
+
+    def start():
+        config = EngineConfig(
+            model="pico", session_dir=tmp_path, max_model_len=1024, max_num_seqs=4
+        )
+        engine = AsyncEngine(config, checkpoint)
+        client = TestClient(create_app(engine, ServeConfig(names=("pico",))))
+        client.__enter__()
+        clients.append(client)
+        client.engine = engine
+        return client
+
+    yield start
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+def chat(client, text, **options):
+    body = {"messages": [{"role": "user", "content": text}], **QUIET, **options}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_a_session_remembers_and_its_fork_goes_its_own_way(serve):
+    client = serve()
+    made = client.post("/v1/sessions", json={"id": "s"}).json()
+    assert made["object"] == "session" and made["num_messages"] == 0
+    first = chat(client, "What is 3 + 4?", session="s")["choices"][0]["message"]["content"]
+    second = chat(client, "And 2 + 2?", session="s")
+    whole = [
+        {"role": "user", "content": "What is 3 + 4?"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And 2 + 2?"},
+    ]
+    plain = client.post("/v1/chat/completions", json={"messages": whole, **QUIET}).json()
+    assert second["choices"] == plain["choices"]
+    found = client.get("/v1/sessions/s").json()
+    assert [m["role"] for m in found["messages"]] == ["user", "assistant"] * 2
+    fork = client.post("/v1/sessions/s/fork", json={"id": "t"}).json()
+    assert fork["parent"] == "s" and fork["num_tokens"] == found["num_tokens"]
+    chat(client, "Spell plum.", session="t")
+    assert client.get("/v1/sessions/t").json()["num_messages"] == 6
+    assert client.get("/v1/sessions/s").json()["num_messages"] == 4
+    assert {s["id"] for s in client.get("/v1/sessions").json()["data"]} == {"s", "t"}
+    assert client.delete("/v1/sessions/t").json()["deleted"]
+    assert client.get("/v1/sessions/t").status_code == 404
+
+
+def test_streams_are_remembered_too(serve):
+    client = serve()
+    client.post("/v1/sessions", json={"id": "s", "messages": [{"role": "system", "content": "Hi"}]})
+    body = {"messages": [{"role": "user", "content": "Spell plum."}], **QUIET}
+    text = ""
+    with client.stream(
+        "POST", "/v1/chat/completions", json={**body, "session": "s", "stream": True}
+    ) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    text += choice["delta"].get("content") or ""
+    messages = client.get("/v1/sessions/s").json()["messages"]
+    assert [m["role"] for m in messages] == ["system", "user", "assistant"]
+    assert messages[-1]["content"] == text
+
+
+def test_what_cannot_be_is_refused_with_a_code(serve):
+    client = serve()
+    post = client.post
+    assert post("/v1/sessions", json={"id": "../x"}).status_code == 400
+    assert post("/v1/sessions", json={"id": "s"}).status_code == 200
+    assert post("/v1/sessions", json={"id": "s"}).status_code == 409
+    body = {"messages": [{"role": "user", "content": "x"}], **QUIET}
+    assert post("/v1/chat/completions", json={**body, "session": "none"}).status_code == 404
+    many = post("/v1/chat/completions", json={**body, "session": "s", "n": 2})
+    assert many.status_code == 400 and "fork it" in many.json()["error"]["message"]
+    assert post("/v1/sessions/s/resume").status_code == 409
+    client.engine.sessions.get("s").busy = True
+    busy = post("/v1/chat/completions", json={**body, "session": "s"})
+    assert busy.status_code == 409 and busy.json()["error"]["param"] == "session"
+    client.engine.sessions.get("s").busy = False
+    long = post("/v1/chat/completions", json={**body, "max_tokens": 5000, "session": "s"})
+    assert long.status_code == 400 and not client.get("/v1/sessions/s").json()["busy"]
+    assert chat(client, "x", session="s")["choices"]
+
+
+def test_a_turn_cut_off_is_resumed_by_the_next_server(serve):
+    client = serve()
+    client.post("/v1/sessions", json={"id": "s"})
+    whole = chat(client, "What is 3 + 4?", seed=5, temperature=0.8, return_token_ids=True)
+    tokens = tuple(whole["choices"][0]["token_ids"])
+    sessions = client.engine.sessions
+    record = sessions.get("s")
+    body = {"messages": [{"role": "user", "content": "What is 3 + 4?"}], **QUIET}
+    request = ChatRequest.model_validate({**body, "seed": 5, "temperature": 0.8})
+    params = request.sampling({})
+    running = new_turn(request, whole["prompt_token_ids"], params, [])
+    running.generated, running.logprobs = tokens[:3], (-1.0,) * 3
+    sessions.begin("s", running)  # and the process ends here
+    assert record.running is not None
+    client = serve()
+    assert client.get("/v1/sessions/s").json()["interrupted"]
+    resumed = client.post("/v1/sessions/s/resume").json()
+    assert resumed["choices"][0]["message"] == whole["choices"][0]["message"]
+    after = client.get("/v1/sessions/s").json()
+    assert not after["interrupted"] and after["num_messages"] == 2
+    assert after["num_tokens"] == len(whole["prompt_token_ids"]) + len(tokens)
+
+
+def test_a_client_that_goes_away_leaves_a_turn_to_resume(serve):
+    client = serve()
+    client.post("/v1/sessions", json={"id": "s"})
+    engine = client.engine
+
+    async def leave():
+        params = SamplingParams(max_tokens=400, ignore_eos=True)
+        running = Running(prompt=(5, 6, 7), params=params)
+        turn = Turn(engine, engine.sessions.get("s"), running, thinking=False)
+        stream = turn.follow(engine.generate((5, 6, 7), running.params, **turn.options))
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    asyncio.run(leave())
+    record = engine.sessions.get("s")
+    assert record.interrupted and not record.busy
+    resumed = client.post("/v1/sessions/s/resume").json()
+    assert resumed["usage"]["completion_tokens"] == 400
