@@ -203,6 +203,59 @@ def info(target: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("model", required=False)
+@click.option("--gpu", multiple=True, help="Device, as in h100-sxm; with --search several.")
+@click.option("--num", default=1, show_default=True, help="Devices.")
+@click.option("--search", "searching", is_flag=True, help="Find the best deployments.")
+@click.option("--max-num", default=16, show_default=True, help="Most devices to search.")
+@click.option("--max-tpot", type=float, help="Search: most seconds between a user's tokens.")
+@click.option("--max-ttft", type=float, help="Search, saturate: most seconds to the first token.")
+@click.option("--precision", help="bf16, fp8, nvfp4 or a GGUF type; default: the widest that fits.")
+@click.option("--context", type=int, help="Longest sequence; default: input and output.")
+@click.option("--concurrency", type=int, help="Users at once.  [default: 16]")
+@click.option("--input", "prompt", default=8192, show_default=True, help="Tokens of a prompt.")
+@click.option("--output", default=1024, show_default=True, help="Tokens of an answer.")
+@click.option("--reuse", default=0.0, help="Share of a prompt known from earlier requests.")
+@click.option("--tp", type=int, help="Tensor parallelism; default: the best.")
+@click.option("--pp", type=int, help="Pipeline parallelism.")
+@click.option("--dp", type=int, help="Attention data parallelism; experts go over all ranks.")
+@click.option("--ep/--no-ep", default=None, help="Whole experts on ranks, or slices of each.")
+@click.option("--kv-dtype", help="Of keys and values: auto, fp8, bfloat16.")
+@click.option("--state-dtype", help="Of recurrent states: float32, float16, fp8.")
+@click.option("--drafts", type=int, help="Tokens drafted a step.")
+@click.option("--acceptance", type=float, help="Chance that a draft is accepted.")
+@click.option("--attention", help="dense: read the whole cache where a model would select.")
+@click.option("--utilization", type=float, help="Share of the memory an engine may take.")
+@click.option("--offload-gb", type=float, help="Experts in host memory, GB a device.")
+@click.option("--price", type=float, help="Dollars a device and hour.")
+@click.option("--licence", is_flag=True, help="Add NVIDIA AI Enterprise, which NIM needs.")
+@click.option("--train", help="Plan training: pretrain, sft, lora, rl or mopd.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of training.")
+@click.option(
+    "--simulate",
+    "trace",
+    metavar="TRACE",
+    help="open:rate=2,requests=1000, closed:users=32, agents:users=8,turns=6, saturate, or a file.",
+)
+@click.option("--here", is_flag=True, help="Measure this machine and plan for it.")
+@click.option("--data", type=click.Path(path_type=Path), help="TOML put over the tables.")
+@click.option("--list-gpus", is_flag=True, help="List the devices and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts.")
+def plan(model: str | None, **options: Any) -> None:
+    """Say what fits where, how fast, for how much, before anything is bought or loaded.
+
+    MODEL is a preset (nano, super, ultra, lightning), a published file (ultra-nvfp4), a checkpoint
+    directory or GGUF file (exact bytes then), or glm-5, kimi-k2, qwen-3.5, deepseek-v4. Rates are
+    predictions with a range: docs/planning.md says how they are made and where they fail.
+    """
+    from aprium.plan.command import run
+
+    options["settings"] = dict(_setting(text) for text in options["settings"])
+    click.echo(run(model, options))
+
+
+@cli.command()
 @click.argument("model", default="pico")
 @click.option("--prompt", default=512, help="Tokens of each prompt.")
 @click.option("--generate", default=128, help="Tokens generated after each.")
@@ -214,7 +267,8 @@ def bench(
 ) -> None:
     """Measure prefill and decode here, and what share of the machine's limits they reach.
 
-    MODEL is a checkpoint directory or pico, or with --load-format dummy a preset.
+    MODEL is a checkpoint directory or pico, or with --load-format dummy a preset. The planner's
+    prediction for this machine, measured right after, is put beside.
     """
     sizes = _batches(batch)
     configure_logging("WARNING")
@@ -223,6 +277,7 @@ def bench(
     from aprium.engine.config import EngineConfig
     from aprium.engine.engine import Engine
     from aprium.ops import _native
+    from aprium.plan import here
 
     settings: dict[str, Any] = {"max_model_len": prompt + generate} | _split(options)[1]
     settings |= {"model": model, "max_num_seqs": max(sizes), "enable_prefix_caching": False}
@@ -230,11 +285,16 @@ def bench(
     results = [
         benchmark.bench(engine, prompt=prompt, generate=generate, batch=size) for size in sizes
     ]
+    device, rates = here.measure(), benchmark.as_json(results)
+    predicted = here.predict(
+        here.shape_of(model), device, prompt=prompt, generate=generate, batches=sizes
+    )
+    compared = here.comparison(device, predicted, rates)
     if as_json:
         facts = {"model": model, "isa": _native.isa(), "load": engine.checkpoint.load}
-        click.echo(json.dumps(facts | {"results": benchmark.as_json(results)}))
+        click.echo(json.dumps(facts | {"results": rates, "prediction": compared}))
     else:
-        click.echo(benchmark.render(results))
+        click.echo(f"{benchmark.render(results)}\n{here.comparison_text(compared)}")
 
 
 @cli.command()

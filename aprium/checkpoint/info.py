@@ -107,11 +107,11 @@ def _read_directory(
 
 
 def _stored(name: str, spec: TensorSpec, config: ModelConfig) -> _Stored:
-    return _Stored(_role(name, config), *_measure(name.rpartition(".")[2], spec))
+    return _Stored(role_of(name, config), *measure(name.rpartition(".")[2], spec))
 
 
 @functools.cache  # the experts of a large model repeat a few cases 200,000 times
-def _measure(leaf: str, spec: TensorSpec) -> tuple[int, int, str]:
+def measure(leaf: str, spec: TensorSpec) -> tuple[int, int, str]:
     """Return the parameters a tensor stands for, its bytes and its format."""
     dtype = spec.dtypes[0]
     count = math.prod(spec.shape)
@@ -124,7 +124,8 @@ def _measure(leaf: str, spec: TensorSpec) -> tuple[int, int, str]:
     return num_params, count * ITEM_BYTES[dtype], fmt
 
 
-def _role(name: str, config: ModelConfig) -> str:
+def role_of(name: str, config: ModelConfig) -> str:
+    """Return the role of the tensor with published `name`."""
     if name.startswith("mtp."):
         return "mtp"
     for part, role in _ROLES:

@@ -121,7 +121,7 @@ def tensors_of(parameter: str, num_experts: int, stacked: bool = False) -> Itera
 def matrices(config: ModelConfig) -> dict[str, Matrix]:
     """Return every weight that may be quantised, by published module name."""
     found = {}
-    for name, item in _walk(config):
+    for name, item in walk(config):
         if isinstance(item, Matrix):
             found[name] = item
     return found
@@ -145,7 +145,7 @@ def tensor_table(
     )
     encoder = _Encoder(quant)
     table: dict[str, TensorSpec] = {}
-    for name, item in _walk(config):
+    for name, item in walk(config):
         if isinstance(item, Matrix):
             for leaf, spec in encoder.tensors(name, item):
                 table[f"{name}.{leaf}"] = spec
@@ -211,7 +211,7 @@ class _Encoder:
 _SCALAR = TensorSpec((), ("F32",))
 
 
-def _walk(config: ModelConfig) -> Iterator[tuple[str, Matrix | TensorSpec]]:
+def walk(config: ModelConfig) -> Iterator[tuple[str, Matrix | TensorSpec]]:
     """Yield matrices by module name and all other tensors by tensor name, in file order."""
     width, vocab = config.hidden_size, config.vocab_size
     norm = _plain(width)

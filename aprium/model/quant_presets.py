@@ -117,13 +117,14 @@ def quant_preset(name: str) -> QuantConfig:
     config = PRESETS[preset.base]
     formats: dict[str, str] = {}
     for index, kind in enumerate(config.layers):
-        formats |= _layer_formats(config, preset.rule, kind, index)
+        formats |= layer_formats(config, preset.rule, kind, index)
     if preset.head is not None:
         formats["lm_head"] = preset.head
     return QuantConfig(formats=formats, kv_cache="fp8", kv_scales=preset.kv_scales)
 
 
-def _layer_formats(config: ModelConfig, rule: _Rule, kind: str, index: int) -> dict[str, str]:
+def layer_formats(config: ModelConfig, rule: _Rule, kind: str, index: int) -> dict[str, str]:
+    """Return the formats that `rule` gives to the matrices of layer `index`, by module name."""
     mixer = f"backbone.layers.{index}.mixer"
     leaves = MATRICES[kind]
     if kind == "moe" and config.latent_size is not None:
