@@ -34,7 +34,8 @@ class Constants:
     `bandwidth` and `compute` are shares of the data sheet's, `link` of a link's; `layer_us` and
     `collective_us` microseconds; `imbalance` the fullest rank's share of expert work under expert
     parallelism over the mean; `distinct` the share of tokens after the first that choose
-    experts independently; `sequence_us` the host's work for a sequence and step; `cpu_*` are those of CPUs.
+    experts independently; `sequence_us` the host's work for a sequence and step; `cpu_*` are those
+    of CPUs.
     """
 
     bandwidth: float

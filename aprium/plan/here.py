@@ -100,7 +100,7 @@ def _best(run: Any, work: float) -> float:
 
 
 def shape_of(model: str) -> Shape:
-    """Return the shape of what the engine would load as `model`: a directory, a hub id, a preset."""
+    """Return the shape of what the engine would load as `model`: a directory, a hub id, a name."""
     if model != "pico" and (model in PRESETS or model in QUANT_PRESETS):
         return target_shape(model)
     return directory_shape(Path(resolve(model)))

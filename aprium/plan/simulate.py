@@ -22,10 +22,11 @@ from aprium.base.records import SamplingParams
 from aprium.engine.cache import Cache
 from aprium.engine.prefix import PrefixCache
 from aprium.engine.request import LiveSequence
-from aprium.engine.scheduler import Outcome, Scheduler, StepPlan
+from aprium.engine.scheduler import SPACING, Outcome, Scheduler, StepPlan
 from aprium.plan.traces import Job, Trace, prompt_tokens
 
 _FARTHEST = 4096  # steps booked together at most
+_INTERVAL, _GRID_POINTS = 4096, 16  # tokens between kept states, and most of them: the engine's
 _PARAMS = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 _ONE = Outcome((0,))
 _NONE = Outcome()
@@ -147,7 +148,7 @@ class Replica:
         tokens = [0] * job.prompt
         if self.scheduler.prefixes is not None:
             tokens = prompt_tokens(job)
-            points = frozenset({job.prompt - 1} if job.prompt > 1 else ())
+            points = _snapshot_points(job.prompt)
         self.jobs[key] = job
         self.scheduler.add(
             LiveSequence(
@@ -311,8 +312,14 @@ class Replica:
             self.scheduler.abort(sequence.id, "length")
         if done:
             self._quiet = bool(running) and not self.scheduler.num_waiting
-            self._quiet = self._quiet and bool(self.scheduler.running)
         return [self._record(sequence, now_s) for sequence in done]
+
+
+def _snapshot_points(prompt: int) -> frozenset[int]:
+    """Return where the engine keeps states of a prompt of one message: its end, and a grid."""
+    interval = _INTERVAL * max(1, -(-prompt // (_INTERVAL * _GRID_POINTS)))
+    points = {prompt - 1, *range(interval, prompt, interval)}
+    return frozenset(p for p in points if p >= SPACING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
