@@ -228,7 +228,15 @@ def info(target: str, as_json: bool) -> None:
 @click.option("--utilization", type=float, help="Share of the memory an engine may take.")
 @click.option("--offload-gb", type=float, help="Experts in host memory, GB a device.")
 @click.option("--price", type=float, help="Dollars a device and hour.")
+@click.option("--reserve-gb", type=float, help="For graphs and framework; default: counted.")
+@click.option(
+    "--snapshots/--no-snapshots",
+    default=None,
+    help="Whether the engine keeps a state a draft; default: on GPUs.",
+)
+@click.option("--state-checkpoints", type=int, help="States kept for prefix reuse.")
 @click.option("--licence", is_flag=True, help="Add NVIDIA AI Enterprise, which NIM needs.")
+@click.option("--compare", is_flag=True, help="Beside other models, and what moves the order.")
 @click.option("--train", help="Plan training: pretrain, sft, lora, rl or mopd.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of training.")
 @click.option(

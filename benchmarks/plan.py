@@ -1,10 +1,10 @@
 """How quick the planner is; predicted against published (--table); the constants anew (--fit).
 
-python benchmarks/plan.py [--runs 5] [--table] [--fit]
+python benchmarks/plan.py [--runs 5] [--table | --write-table | --fit]
 
 By default prints one JSON line a case: seconds of `aprium plan ultra --gpu h100-sxm --num 8` as a
-process of its own, seconds of a search, engine steps a second of the simulator, and the bars that
-the project set itself. --table prints the table of docs/planning.md; --fit rewrites
+process of its own, seconds of a search, and the bars that the project set itself. --table prints
+predicted against published, --write-table puts it into docs/planning.md; --fit rewrites
 `aprium/plan/tables/constants.toml` from the fitted rows of `published.toml`.
 """
 
@@ -98,12 +98,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--write-table", action="store_true")
     parser.add_argument("--fit", action="store_true")
     options = parser.parse_args()
     if options.fit:
         fit()
     elif options.table:
         print(table())
+    elif options.write_table:
+        page = Path(__file__).resolve().parent.parent / "docs" / "planning.md"
+        text = page.read_text(encoding="utf-8")
+        begin, end = "<!-- table: begin -->\n", "\n<!-- table: end -->"
+        head, rest = text.split(begin)
+        page.write_text(f"{head}{begin}{table()}{end}{rest.split(end)[1]}", encoding="utf-8")
     else:
         measure(options.runs)
 

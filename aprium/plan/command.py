@@ -11,7 +11,8 @@ from aprium.plan.hardware import device, devices
 from aprium.plan.plan import Load, Plan, make_plan
 
 _SETTINGS = ("tp", "pp", "dp", "ep", "kv_dtype", "state_dtype", "drafts", "acceptance")
-_SETTINGS += ("attention", "utilization", "offload_gb")
+_SETTINGS += ("attention", "utilization", "offload_gb", "reserve_gb", "snapshots")
+_SETTINGS += ("state_checkpoints",)
 
 
 def run(model: str | None, options: dict[str, Any]) -> str:
@@ -37,6 +38,8 @@ def run(model: str | None, options: dict[str, Any]) -> str:
     if len(options["gpu"]) != 1:
         raise ConfigError("name one device with --gpu (--list-gpus names them), or use --search")
     (gpu,) = options["gpu"]
+    if options["compare"]:
+        return _compare(model, gpu, load, options)
     if options["train"]:
         return _train(model, gpu, load, options)
     found = make_plan(
@@ -98,6 +101,16 @@ def _search(model: str, load: Load, settings: dict[str, Any], options: dict[str,
     if options["as_json"]:
         return json.dumps({"model": model, "pareto": report.search_rows(pareto(found))}, indent=2)
     return report.search_text(found)
+
+
+def _compare(model: str, gpu: str, load: Load, options: dict[str, Any]) -> str:
+    from aprium.plan import compare
+
+    overrides = load_overrides(options["data"])
+    where = device(gpu, overrides)
+    drafts = options["drafts"] or 3
+    rows = compare.compare(model, where, load, drafts=drafts, overrides=overrides)
+    return json.dumps(rows, indent=2) if options["as_json"] else compare.as_text(rows)
 
 
 def _train(model: str, gpu: str, load: Load, options: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from aprium.base.config import from_dict
 from aprium.plan.data import merged
 from aprium.plan.hardware import Device
-from aprium.plan.memory import Deployment, caches, shard
+from aprium.plan.memory import Deployment, caches, keeps_snapshots, shard
 from aprium.plan.shapes import Layer, Shape, Weight
 
 # Mean tokens a verification step yields with so many drafts: accepted ones and the one chosen.
@@ -34,8 +34,8 @@ class Constants:
     `bandwidth` and `compute` are shares of the data sheet's, `link` of a link's; `layer_us` and
     `collective_us` microseconds; `imbalance` the fullest rank's share of expert work under expert
     parallelism over the mean; `distinct` the share of tokens after the first that choose
-    experts independently; `sequence_us` the host's work for a sequence and step; `cpu_*` are those
-    of CPUs.
+    experts independently; `expert_us` what an expert with any token costs beside its bytes;
+    `sequence_us` the host's work for a sequence and step; `cpu_*` are those of CPUs.
     """
 
     bandwidth: float
@@ -46,6 +46,7 @@ class Constants:
     imbalance: float
     distinct: float
     sequence_us: float
+    expert_us: float
     cpu_bandwidth: float
     cpu_compute: float
     cpu_layer_us: float
@@ -109,6 +110,7 @@ class CostModel:
         self._parts = sum(_LAYER_SHARE.get(layer.kind, 1.0) for layer in shape.layers)
         self._layer_s = 1e-6 * (values.cpu_layer_us if cpu else values.layer_us)
         self._floor_s = self._parts * self._layer_s
+        self._snapshots = deployment.drafts * keeps_snapshots(device, deployment)
         self._sequence_s = 0.0 if cpu else values.sequence_us * 1e-6
         self._collectives()
         self._memo: dict[tuple[float, float, float], float] = {}
@@ -139,6 +141,8 @@ class CostModel:
         shape, deployment = self.shape, self.deployment
         ranks = deployment.tp * deployment.dp
         routed = [w for layer in layers for w in layer.weights if w.role == "routed experts"]
+        each = 0.0 if self.device.kind == "cpu" else self.values.expert_us * 1e-6
+        self._reach_s = each * len(routed) / (ranks if deployment.ep else 1)
         uneven = self.values.imbalance if deployment.ep and ranks > 1 else 1.0
         total = sum(w.num_bytes for w in routed)
         self._expert_bytes = total / shape.experts / ranks * uneven  # one expert of every layer
@@ -245,7 +249,8 @@ class CostModel:
         seconds = max(self._dense_bytes / memory, tokens * self._dense_s)
         seconds += max(expert_bytes / memory, tokens * dp * self._expert_s)
         seconds += expert_bytes * self._away_s
-        writes = 1 + self.deployment.drafts * self.deployment.snapshots * (tokens > sequences)
+        seconds += self._reach_s * self.cover(tokens * dp)
+        writes = 1 + self._snapshots * (tokens > sequences)
         moved = sequences * (self.state_bytes * (1 + writes) + self.kv_fixed)
         seconds += moved / memory
         seconds += tokens * (self._activation_bytes / memory + self._scan_s + self._comm_token_s)

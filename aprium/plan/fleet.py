@@ -19,7 +19,7 @@ from aprium.plan.traces import Trace, parse
 
 PAGE_SIZE = 64  # tokens
 _SNAPSHOTS = 64  # states that a rank keeps for prefix reuse, where the memory is there
-_SATURATED = 0.97  # served over offered, below which a queue grows without end
+_SATURATED = 0.97  # rate served over rate offered, below which a queue grows without end
 
 
 def build(plan: Plan, overrides: dict[str, dict[str, Any]], *, prefixes: bool) -> list[Replica]:
@@ -83,26 +83,35 @@ def saturation(
 ) -> tuple[float, Summary]:
     """Return the highest rate of requests a second that is kept up with, within 3 %, and how.
 
-    `make` gives a simulation of an open loop at a rate. Kept up with: as many finish as come, and
-    nine of ten first tokens come within `limit_s`.
+    `make` gives a simulation of an open loop at a rate. Kept up with: the middle half of the
+    requests takes as long to finish as to come, but for one answer's time, and nine of ten first
+    tokens come within `limit_s`.
     """
 
-    def serve(rate: float) -> tuple[bool, Summary]:
+    def serve(rate: float) -> tuple[float, float, Summary]:
         times: list[tuple[float, float]] = []
         found = make(rate).run(lambda r: times.append((r.job.arrival_s, r.finished_s)))
-        # The middle half, so that neither filling nor draining counts.
+        # Neither filling nor draining counts.
         came, went = (_middle(sorted(column)) for column in zip(*times, strict=True))
-        return came >= _SATURATED * went and found.ttft_s[1] <= limit_s, found
+        return came, went, found
+
+    idle = serve(first / 8)[2].latency_s[1]
+
+    def keeps_up(rate: float) -> tuple[bool, Summary]:
+        came, went, found = serve(rate)
+        return went <= came / _SATURATED + idle and found.ttft_s[1] <= limit_s, found
 
     low, high, best = 0.0, first, None
     while True:
-        fine, found = serve(high)
+        fine, found = keeps_up(high)
         if not fine:
             break
         low, best, high = high, found, 2 * high
+        if low > 1e6 * first:
+            raise ConfigError("no rate saturates it: give the trace more requests")
     while best is None or high / low > 1.03:
         middle = (low + high) / 2
-        fine, found = serve(middle)
+        fine, found = keeps_up(middle)
         if fine:
             low, best = middle, found
         else:

@@ -53,7 +53,7 @@ class Deployment:
     max_batched_tokens: int = 8192
     drafts: int = 0
     acceptance: float | None = None
-    snapshots: bool = True
+    snapshots: bool | None = None  # None: on GPUs, whose engines do
     with_mtp: bool = True
     offload_gb: float = 0.0
     state_checkpoints: int = 0
@@ -66,6 +66,13 @@ class Deployment:
         for name in ("tp", "pp", "dp", "max_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("drafts", "offload_gb", "state_checkpoints", "reserve_gb"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        if self.acceptance is not None and not 0 <= self.acceptance <= 1:
+            raise ConfigError(f"acceptance is {self.acceptance}: it must be between 0 and 1")
+        if self.attention not in ("auto", "dense"):
+            raise ConfigError(f"attention is {self.attention!r}: use auto or dense")
         if not 0 < self.utilization <= 1:
             raise ConfigError(f"utilization is {self.utilization}: it must be over 0 and at most 1")
         if self.kv_dtype != "auto" and self.kv_dtype not in DTYPE_BYTES:
@@ -231,7 +238,7 @@ def _stage(
         weights=weights,
         kv_per_token=kv,
         kv_fixed=fixed,
-        state_per_sequence=state * (1 + deployment.drafts * deployment.snapshots),
+        state_per_sequence=state * (1 + deployment.drafts * keeps_snapshots(device, deployment)),
         other=_other(shape, device, deployment, layers, last),
         usable=device.memory_bytes,
         budget=deployment.utilization * device.memory_bytes,
@@ -239,6 +246,13 @@ def _stage(
         ranks=deployment.dp,
         checkpoints=deployment.state_checkpoints * state,
     )
+
+
+def keeps_snapshots(device: Device, deployment: Deployment) -> bool:
+    """Return whether a state is kept for each draft, rather than the inputs to replay."""
+    if deployment.snapshots is None:
+        return device.kind != "cpu"
+    return deployment.snapshots
 
 
 def kv_bytes(shape: Shape, deployment: Deployment) -> float:

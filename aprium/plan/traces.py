@@ -269,8 +269,8 @@ def parse(text: str, *, prompt: int, output: int, most: int) -> Trace:
         return ClosedLoop(
             users=users, requests=requests, prompt=prompts, output=answers, think=think, seed=seed
         )
-    turns = int(values.get("turns", 8))
-    grow = int(values.get("grow", max((most - prompt) // turns - output, 1)))
+    turns = max(int(values.get("turns", 8)), 0)
+    grow = int(values.get("grow", max((most - prompt) // max(turns, 1) - output, 1)))
     return Agents(
         users=users,
         requests=requests,
