@@ -95,6 +95,7 @@ def search_rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
                 "device": plan.device.key,
                 "num": plan.num,
                 "parallelism": plan.deployment.describe(),
+                "replicas": plan.replicas,
                 "concurrency": plan.load.concurrency,
                 "verdict": plan.verdict.verdict,
                 "cost_per_million_output_tokens": dollars(plan) if plan.cost else None,
@@ -124,7 +125,7 @@ def search_text(plans: Sequence[Plan], rows: int = 40) -> str:
         table.add_row(
             row["model"],
             f"{row['num']} x {row['device']}",
-            row["parallelism"],
+            row["parallelism"] + (f" x {row['replicas']}" if row["replicas"] > 1 else ""),
             str(row["concurrency"]),
             row["verdict"],
             "-" if price is None else f"{price:.2f}",

@@ -84,12 +84,15 @@ def _deployments(
     settings: dict[str, Any] | None,
     overrides: dict[str, dict[str, Any]],
 ) -> list[Plan]:
-    """Evaluate every cut of `num` devices; copies of fewer devices scale and are left out."""
+    """Evaluate every cut of `num` devices.
+
+    Where users are tried in several numbers, copies of fewer devices only scale and are left out.
+    """
     if shape.num_bytes(mtp=False) > num * where.memory_bytes:
         return []
     found = []
     for option, replicas in splits(num, shape, where):
-        if replicas > 1:
+        if replicas > 1 and concurrency is not None:
             continue
         deployment = dataclasses.replace(option, **(settings or {}))
         try:
@@ -99,7 +102,7 @@ def _deployments(
         room = memory(shape, where, deployment)
         if room.fixed > where.memory_bytes:
             continue
-        most = max(room.max_concurrency(load.length), 1)
+        most = max(room.max_concurrency(load.length), 1) * replicas
         for users in concurrency or (load.concurrency,):
             if concurrency is not None and users > most:
                 continue

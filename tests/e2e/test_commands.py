@@ -90,8 +90,11 @@ def test_bench(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [r["batch"] for r in found["results"]] == [1, 3]
     for result in found["results"]:
         assert result["prefill_tokens_per_s"] > 0 and result["decode_tokens_per_s"] > 0
+    for row in found["prediction"]:
+        assert row["error"] == row["predicted"] / row["measured"] - 1
     lines = run(capsys, "bench", str(checkpoint), *options).splitlines()
-    assert len(lines) == 3 and "decode tok/s" in lines[0]
+    assert "decode tok/s" in lines[0] and "predicted" in lines[4]
+    assert len(lines) == 3 + 2 + 2 * 2  # two rates of two batches beside their predictions
     assert cli.main(["bench", str(checkpoint), "--batch", "1,none"]) == 2
     assert "--batch 1,none" in capsys.readouterr().err
     assert cli.main(["bench", str(checkpoint), "--generate", "1"]) == 1

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
     ("name", "shows"),
     [
         ("chat", "answer:"),
+        ("plan", "cheapest"),
         ("quantise", "perplexity"),
         ("serve", "\n"),
         ("train", "held-out loss"),

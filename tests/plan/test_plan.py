@@ -103,7 +103,7 @@ def test_text_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 
 def test_prices_and_speculation_are_options(capsys: pytest.CaptureFixture[str]) -> None:
-    base = ["super-nvfp4", "--gpu", "b200", "--num", "2", "--json"]
+    base = ["super-nvfp4", "--gpu", "b200", "--num", "2", "--tp", "2", "--json"]
     plain = json.loads(run(capsys, *base))
     cheap = json.loads(run(capsys, *base, "--price", "1"))
     assert cheap["cost"]["per_hour"] == [2.0, 2.0, 2.0]
