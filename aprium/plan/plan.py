@@ -210,10 +210,37 @@ def make_plan(
     assert best is not None
     if best.verdict.verdict != "fits":
         each = math.ceil(load.concurrency / best.replicas)
-        changes = remedies(best.shape, where, best.deployment, load.length, each)
+        changes = _narrower(best, where, num, load, settings, overrides)
+        changes += remedies(best.shape, where, best.deployment, load.length, each)
         changed = dataclasses.replace(best.verdict, remedies=changes)
         best = dataclasses.replace(best, verdict=changed)
     return best
+
+
+def _narrower(
+    plan: Plan,
+    where: Device,
+    num: int,
+    load: Load,
+    settings: dict[str, Any],
+    overrides: Overrides,
+) -> tuple[str, ...]:
+    """Return the published precisions below that of `plan` that lead to a better verdict."""
+    base = plan.shape.base
+    known = precisions_of(base)
+    if plan.shape.precision not in known:
+        return ()
+    found = []
+    for stored in known[known.index(plan.shape.precision) + 1 :]:
+        try:
+            other = _best(
+                target_shape(base, stored), where, num, load, settings, overrides, None, False
+            )
+        except ConfigError:
+            continue
+        if _rank(other) > _rank(plan):
+            found.append(f"{stored}: {other.verdict.verdict}")
+    return tuple(found)
 
 
 def _rank(plan: Plan) -> int:
@@ -329,15 +356,17 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "cost_per_million_output_tokens": money.per_million_output.typical if money else None,
         "cost": dataclasses.asdict(money) if money else None,
         "ranges": low_high,
-        "commands": commands(
-            plan.shape,
-            plan.device,
-            plan.deployment,
-            plan.load.length,
-            math.ceil(plan.load.concurrency / plan.replicas),
-        ),
+        "commands": _commands(plan),
         "assumptions": assumptions(plan),
     }
+
+
+def _commands(plan: Plan) -> dict[str, str]:
+    """Return the commands of a plan; none for one that does not fit."""
+    if plan.rates is None:
+        return {}
+    users = math.ceil(plan.load.concurrency / plan.replicas)
+    return commands(plan.shape, plan.device, plan.deployment, plan.load.length, users)
 
 
 def assumptions(plan: Plan) -> list[str]:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def plan_text(plan: Plan) -> str:
     lines.append("")
     for engine, command in facts["commands"].items():
         lines.append(f"  {engine:<14}{command}")
-    lines.append("")
+    if facts["commands"]:
+        lines.append("")
     lines += [f"  - {text}" for text in facts["assumptions"]]
     return "\n".join(lines)
 
@@ -210,6 +212,12 @@ def _figure(height: float = 3.6) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
+def _colours() -> Sequence[Any]:
+    import matplotlib
+
+    return matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+
+
 def _png(figure: Any) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
@@ -217,20 +225,20 @@ def _png(figure: Any) -> str:
 
 
 def _memory_chart(plan: Plan) -> str:
-    figure, axes = _figure(2.4)
+    figure, axes = _figure(2.8)
     kinds = sorted(as_json(plan)["per_gpu_bytes"].items(), key=lambda item: -item[1])
     shown = [(name, size) for name, size in kinds if size > 0.003 * plan.memory.usable]
     shown.append(("rest", sum(size for _, size in kinds) - sum(size for _, size in shown)))
-    left = 0.0
-    for name, size in shown:
-        axes.barh([0], [size / 1e9], left=left, label=name)
+    left, colours = 0.0, _colours()
+    for (name, size), colour in zip(shown, itertools.cycle(colours), strict=False):
+        axes.barh([0], [size / 1e9], left=left, label=name, color=colour)
         left += size / 1e9
     axes.axvline(plan.memory.usable / 1e9, color="black")
     axes.axvline(plan.memory.budget / 1e9, color="black", linestyle=":")
     axes.set(
         yticks=[], xlabel="GB on the fullest device; lines: what it has, what an engine may take"
     )
-    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.45))
+    figure.legend(fontsize=7, ncols=5, loc="outside lower center")
     return _png(figure)
 
 
@@ -260,12 +268,18 @@ def _load_chart(plan: Plan) -> str:
 
 def _search_chart(plans: Sequence[Plan]) -> str:
     figure, axes = _figure(4.6)
-    best = pareto(plans)
-    for device in sorted({plan.device.key for plan in plans}):
+    devices = sorted({plan.device.key for plan in plans})
+    for device, colour in zip(devices, itertools.cycle(_colours()), strict=False):
         own = [plan for plan in plans if plan.device.key == device and plan.cost]
         speed = [1 / plan.rates.tpot_s for plan in own if plan.rates]
-        axes.scatter(speed, [dollars(plan) for plan in own], s=6, alpha=0.35, label=device)
-    line = sorted((1 / p.rates.tpot_s, dollars(p)) for p in best if p.rates and p.cost)
+        axes.scatter(
+            speed, [dollars(plan) for plan in own], s=6, alpha=0.5, color=colour, label=device
+        )
+    # From the quickest on, each that is cheaper than all quicker ones.
+    line: list[tuple[float, float]] = []
+    for plan in sorted(plans, key=lambda p: p.rates.tpot_s if p.rates else 0.0):
+        if plan.rates and plan.cost and (not line or dollars(plan) < line[-1][1]):
+            line.append((1 / plan.rates.tpot_s, dollars(plan)))
     axes.plot([x for x, _ in line], [y for _, y in line], color="black", linewidth=1)
     axes.set(
         xscale="log",

@@ -39,9 +39,10 @@ def test_bf16_does_not_fit_there_and_says_why() -> None:
     assert plan.verdict.verdict == "no"
     assert "weights take" in plan.verdict.why
     assert any("16 devices" in remedy for remedy in plan.verdict.remedies)
+    assert "nvfp4: fits" in plan.verdict.remedies
     facts = as_json(plan)
     assert facts["decode_tokens_per_s"] is None and facts["max_concurrency"] == 0
-    assert facts["cost_per_million_output_tokens"] is None
+    assert facts["cost_per_million_output_tokens"] is None and facts["commands"] == {}
 
 
 def test_the_widest_precision_that_fits_is_chosen() -> None:
