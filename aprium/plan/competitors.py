@@ -5,7 +5,6 @@ compressed shared keys (DeepSeek-V4-Pro); all with gated experts. Weights that a
 not settle are named in `data/models.toml` and move totals by less than 0.1 %.
 """
 
-import functools
 from typing import Any
 
 from aprium.base.errors import ConfigError
@@ -178,9 +177,3 @@ def _cache(model: dict[str, Any], index: int) -> dict[str, Any]:
         found["index_ops"] = 2.0 * model["index_heads"] * model["index_dim"] / ratio
         found["kv_top"] = model["index_top"] * ratio
     return found
-
-
-@functools.cache
-def published_totals() -> dict[str, float]:
-    """Return the published number of weights of each competitor, prediction head included."""
-    return {name: load_data("models")[name]["published_total"] for name in COMPETITORS}

@@ -6,7 +6,6 @@ multiplies, so that Ultra's 198,887 tensors take milliseconds. Bytes are those o
 """
 
 import dataclasses
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -372,10 +371,3 @@ def precisions_of(target: str) -> tuple[str, ...]:
     if target in COMPETITORS:
         return COMPETITORS[target]
     return ()
-
-
-def size(num_bytes: float) -> str:
-    """Return bytes for people, in GB of 1e9 bytes."""
-    if not math.isfinite(num_bytes):
-        return "-"
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes < 1e11 else f"{num_bytes / 1e9:,.0f} GB"

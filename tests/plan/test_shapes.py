@@ -50,6 +50,9 @@ def test_parameter_counts(name: str, billions: float, with_head: float) -> None:
     shape = target_shape(name)
     assert shape.params(mtp=False) / 1e9 == pytest.approx(billions, rel=1e-3)
     assert shape.params() / 1e9 == pytest.approx(with_head, rel=1e-3)
+    if name in COMPETITORS:
+        published = load_data("models")[name]["published_total"]
+        assert shape.params() == pytest.approx(published, rel=1e-3)
 
 
 @pytest.mark.parametrize(
