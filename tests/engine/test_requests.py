@@ -1,4 +1,4 @@
-"""What a request may ask for beside text: vectors, the best of many, an end in time, new weights."""
+"""What a request may ask for beside text: vectors, the best of many, a deadline, new weights."""
 
 import math
 
