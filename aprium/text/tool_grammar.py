@@ -301,7 +301,7 @@ class _Tool:
 
 
 # Between the parts of JSON: enough to indent, and not without end.
-WHITESPACE = r"[ \t\r\n]{0,40}"
+WHITESPACE = r"( |\r?\n[ \t]{0,32})?"
 _HOW = "use one without look-around, and with ^ and $ only at its ends"
 
 

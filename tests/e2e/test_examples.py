@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
         ("plan", "cheapest"),
         ("quantise", "perplexity"),
         ("serve", "\n"),
+        ("sessions", "came from disk"),
         ("train", "held-out loss"),
     ],
 )
