@@ -169,55 +169,60 @@ void write_rows(const float* rows, int64_t count, int64_t width, int64_t first, 
 
 }  // namespace
 
-void Attention::run(Machine& m, float* x, const Step& step, void* keys, void* values, Format cache) const {
-    int64_t tokens = step.num_tokens, dim = (int64_t)norm.size();
+void Attention::run(Machine& m, const float* x, float* out, const Step& step, const Step& asking, void* keys,
+                    void* values, Format cache) const {
+    int64_t tokens = step.num_tokens, asked = asking.num_tokens, dim = (int64_t)norm.size();
     int64_t wide = heads * head_dim, narrow = kv_heads * head_dim, group = heads / kv_heads;
-    float* normed = m.normed.floats(tokens * dim);
-    float* q = m.wide.floats(tokens * (wide + 2 * narrow));
-    float *k = q + tokens * wide, *v = k + tokens * narrow;
+    bool all = x == out;
+    float* normed = m.normed.floats((tokens + asked) * dim);
+    float* q = m.wide.floats(asked * wide + tokens * 2 * narrow);
+    float *k = q + asked * wide, *v = k + tokens * narrow;
     m.norm(norm, eps, x, tokens, normed);
-    const Weight* weights[3] = {&q_proj, &k_proj, &v_proj};
-    float* outs[3] = {q, k, v};
+    const float* questions = all ? normed : normed + tokens * dim;
+    if (!all) m.norm(norm, eps, out, asked, normed + tokens * dim);
+    struct Product { const Weight* weight; const float* x; int64_t tokens; float* out; };
+    const Product products[3] = {{&q_proj, questions, asked, q}, {&k_proj, normed, tokens, k}, {&v_proj, normed, tokens, v}};
     std::vector<Machine::Job> jobs;
     std::vector<Token> rows[3];
-    Precision last{};
     for (int i = 0; i < 3; i++) {
-        if (i == 0 || weights[i]->precision != last) m.pack(m.packed[i], weights[i]->precision, normed, tokens, dim);
-        else m.packed[i].tokens = m.packed[i - 1].tokens;
-        last = weights[i]->precision;
-        rows[i] = m.packed[i].tokens;
-        for (int64_t t = 0; t < tokens; t++) rows[i][t].out = outs[i] + t * weights[i]->matrix.rows;
-        jobs.push_back({weights[i], rows[i].data(), tokens});
+        const Product& p = products[i];
+        bool packed = i > 0 && p.x == products[i - 1].x && p.weight->precision == products[i - 1].weight->precision;
+        if (packed) rows[i] = rows[i - 1];
+        else m.pack(m.packed[i], p.weight->precision, p.x, p.tokens, dim), rows[i] = m.packed[i].tokens;
+        for (int64_t t = 0; t < p.tokens; t++) rows[i][t].out = p.out + t * p.weight->matrix.rows;
+        if (p.tokens) jobs.push_back({p.weight, rows[i].data(), p.tokens});
     }
     m.multiply(jobs);
-    for (int i = 0; i < 3; i++) m.add_bias(*weights[i], outs[i], tokens);
-    float* mixed = m.mixed.floats(tokens * wide);
+    for (const Product& p : products) m.add_bias(*p.weight, p.out, p.tokens);
+    for (size_t s = 0; s < step.lengths.size(); s++) {
+        int64_t length = step.lengths[s], start = step.starts[s] * narrow;
+        write_rows(k + start, length, narrow, step.context[s], step.pages[s], step.page_size, keys, cache, key_scale);
+        write_rows(v + start, length, narrow, step.context[s], step.pages[s], step.page_size, values, cache, value_scale);
+    }
+    if (!asked) return;
+    float* mixed = m.mixed.floats(asked * wide);
     struct Tile { int64_t segment, kv_head, first, count; };
     std::vector<Tile> tiles;
     int64_t work = 0;
-    for (size_t s = 0; s < step.lengths.size(); s++) {
-        int64_t length = step.lengths[s], start = step.starts[s];
-        write_rows(k + start * narrow, length, narrow, step.context[s], step.pages[s], step.page_size, keys, cache,
-                   key_scale);
-        write_rows(v + start * narrow, length, narrow, step.context[s], step.pages[s], step.page_size, values, cache,
-                   value_scale);
-        int64_t size = std::max<int64_t>((step.context[s] + length > 8192 ? 256 : 64) / group, 1) * group;  // whole tokens
+    for (size_t s = 0; s < asking.lengths.size(); s++) {
+        int64_t length = asking.lengths[s], rows = asking.context[s] + length > 8192 ? 256 : 64;
+        int64_t size = std::max<int64_t>(rows / group, 1) * group;  // whole tokens
         for (int64_t h = 0; h < kv_heads; h++)
             for (int64_t first = 0; first < length * group; first += size)
                 tiles.push_back({(int64_t)s, h, first, std::min(size, length * group - first)});
-        work += length * wide * (step.context[s] + length);
+        work += length * wide * (asking.context[s] + length);
     }
     m.each((int64_t)tiles.size(), work / (int64_t)tiles.size(), [&](int64_t i, int thread) {
         const Tile& tile = tiles[i];
-        int64_t offset = step.starts[tile.segment] * wide;
-        AttentionTask t{q + offset, step.lengths[tile.segment], heads, kv_heads, head_dim, tile.first, tile.count,
-                        tile.kv_head, step.context[tile.segment], keys, values, cache, key_scale, value_scale,
-                        step.pages[tile.segment].data(), step.page_size, mixed + offset};
+        int64_t offset = asking.starts[tile.segment] * wide;
+        AttentionTask t{q + offset, asking.lengths[tile.segment], heads, kv_heads, head_dim, tile.first, tile.count,
+                        tile.kv_head, asking.context[tile.segment], keys, values, cache, key_scale, value_scale,
+                        asking.pages[tile.segment].data(), asking.page_size, mixed + offset};
         m.kernels.attention(t, m.pool.scratch(thread).bytes(m.kernels.attention_scratch(t)));
     });
-    float* out = m.normed.floats(tokens * dim);
-    m.linear(o_proj, mixed, tokens, out, m.packed[0]);
-    m.kernels.add(x, out, tokens * dim);
+    float* added = m.normed.floats(asked * dim);
+    m.linear(o_proj, mixed, asked, added, m.packed[0]);
+    m.kernels.add(out, added, asked * dim);
 }
 
 void Mlp::run(Machine& m, const float* x, int64_t tokens, float* out) const {

@@ -78,7 +78,7 @@ class Machine {
             pool.run(count, f);
         }
     }
-    Buffer normed, wide, mixed, narrow, latent, routed, joined, ahead;
+    Buffer normed, wide, mixed, narrow, latent, routed, stream, joined, ahead, some, given, found, logits;
     std::array<Packed, 4> packed;
 
    private:
@@ -114,7 +114,13 @@ struct Attention {
     int64_t heads, kv_heads, head_dim;
     float key_scale, value_scale;  // of fp8 pages
     // keys, values [pages, page_size, K, P], of f32, bf16 or fp8.
-    void run(Machine& machine, float* x, const Step& step, void* keys, void* values, Format cache) const;
+    void run(Machine& machine, float* x, const Step& step, void* keys, void* values, Format cache) const {
+        run(machine, x, x, step, step, keys, values, cache);
+    }
+    // The same where only some tokens go on: keys and values of all that `step` places are written, but
+    // only the tokens that `asking` places attend, whose rows of the stream are `out`.
+    void run(Machine& machine, const float* x, float* out, const Step& step, const Step& asking, void* keys,
+             void* values, Format cache) const;
 };
 
 struct Mlp {

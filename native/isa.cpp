@@ -44,6 +44,7 @@ inline float fp8_value(uint8_t code) {  // E4M3 without sign
 #include "simd_scalar.h"
 #endif
 #include "matmul.inl"
+#include "matmul_float.inl"
 #include "layers.inl"
 #include "encode.inl"
 

@@ -14,6 +14,7 @@ constexpr int64_t kBlock = 16;    // columns that share an NVFP4 scale
 constexpr int64_t kStep = 256;    // columns of one step of the int8 kernel: a block a lane
 constexpr int64_t kGroup = 128;   // rows of one group of the transposed layout
 constexpr int64_t kKeyBlock = 256;  // keys of one step of the online softmax
+constexpr int64_t kMostHeld = 18;   // tokens that a ring has room for
 
 // A weight [rows, cols] as its file holds it; values are multiplied by `scale`.
 // nvfp4: codes [rows, cols / 2] and E4M3 scales [rows, cols / 16]. nvfp4_transposed: codes
@@ -89,6 +90,7 @@ struct Kernels {
                    uint8_t* scratch);
     // Columns that `matmul` leaves out with int8 tokens and transposed weights, over all its passes.
     int64_t (*skipped_columns)(const Matrix&, const Token*, int64_t num_tokens);
+    void (*widen)(Format, const uint8_t* x, int64_t size, float* out);  // of a float format
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, float* out);
     void (*relu_squared)(float* x, int64_t size);
     void (*add)(float* x, const float* y, int64_t size);                       // x += y

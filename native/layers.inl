@@ -106,8 +106,7 @@ inline void log_softmax_at(const float* x, int64_t size, int64_t* argmax, float*
 
 // ---- Mamba-2: convolution, recurrence and gated norm of one group of one sequence ----
 
-constexpr int64_t kChunk = 32;      // tokens worked on together; changes no bit
-constexpr int64_t kMaxHeadRows = 2;  // rows of a state walked together
+constexpr int64_t kChunk = 2 * kMostHeld;  // tokens worked on together; changes no bit
 
 inline int64_t up16(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -125,9 +124,7 @@ struct MambaShape {  // sizes of one group, and where its parts lie in a row of 
 
 inline int64_t mamba_scratch(const MambaTask& t) {
     MambaShape s(t);
-    int64_t held = t.hold ? s.inner * t.state_size : 0;
-    return ((t.kernel - 1 + 2 * kChunk) * s.row + kChunk * (s.x + 2 * up16(s.heads)) + kMaxHeadRows * 16 + 64 * 16 +
-            held) * 4;
+    return ((t.kernel - 1 + 2 * kChunk) * s.row + kChunk * (s.x + 2 * up16(s.heads)) + up16(t.state_size)) * 4;
 }
 
 // Copy the group's channels of a row [conv_dim] into one of the scratch, or back.
@@ -161,28 +158,54 @@ inline void convolve(const MambaTask& t, const MambaShape& s, const float* in, i
         }
 }
 
-// Walk R rows of one head's state over `count` tokens. `x` is the head's first value in a token's row.
-template <int R, int V>
-inline void walk(float* state, int64_t size, const float* x, const float* b, const float* c, int64_t row,
-                 const float* decay, const float* dt, int64_t per_token, int64_t count, float* y, int64_t y_row) {
-    f32x16 s[R][V];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < V; v++) s[r][v] = load_partial(state + r * size + 16 * v, size - 16 * v);
-    for (int64_t n = 0; n < count; n++) {
-        f32x16 keep = splat(decay[n * per_token]);
-        f32x16 sum[R];
-        UNROLL for (int r = 0; r < R; r++) {
-            f32x16 xd = splat(x[n * row + r] * dt[n * per_token]);
-            sum[r] = splat(0);
-            UNROLL for (int v = 0; v < V; v++) {
-                s[r][v] = fma(s[r][v], keep, mul(xd, load(b + n * row + 16 * v)));
-                sum[r] = fma(s[r][v], load(c + n * row + 16 * v), sum[r]);
+// What the tokens of a chunk bring to one head: rows of x (at the head's first value), B and C, and its
+// step sizes. y, a row for each token from `first_out` on, is what they read.
+struct Walk {
+    const float *x, *b, *c;
+    int64_t row;
+    const float *decay, *dt;
+    int64_t per_token, count, first_out;
+    bool hold;  // the state stays what it was before `first_out`
+    float* y;
+    int64_t y_row;
+};
+
+template <int R, int V, bool Out>
+INLINE void advance(f32x16 (&s)[R][V], const Walk& w, int64_t p, int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; n++) {
+        f32x16 keep = splat(w.decay[n * w.per_token]), xd[R], sum[R];
+        UNROLL for (int r = 0; r < R; r++) xd[r] = splat(w.x[n * w.row + p + r] * w.dt[n * w.per_token]), sum[r] = splat(0);
+        UNROLL for (int v = 0; v < V; v++) {
+            f32x16 in = load(w.b + n * w.row + 16 * v), out = Out ? load(w.c + n * w.row + 16 * v) : splat(0);
+            UNROLL for (int r = 0; r < R; r++) {
+                s[r][v] = fma(s[r][v], keep, mul(xd[r], in));
+                if constexpr (Out) sum[r] = fma(s[r][v], out, sum[r]);
             }
         }
-        UNROLL for (int r = 0; r < R; r++) y[n * y_row + r] = reduce_add(sum[r]);
+        float* y = w.y + (n - w.first_out) * w.y_row + p;
+        if constexpr (Out && R == 4) store_sums(y, sum[0], sum[1], sum[2], sum[3]);
+        else if constexpr (Out)
+            UNROLL for (int r = 0; r < R; r++) y[r] = reduce_add(sum[r]);
     }
+}
+
+template <int R, int V>
+INLINE void store_state(const f32x16 (&s)[R][V], float* state, int64_t size) {
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++) store_partial(state + r * size + 16 * v, s[r][v], size - 16 * v);
+}
+
+// Walk R rows of a head's state, from row p on. One store: after tokens that are held it would be undone.
+template <int R, int V>
+inline void walk(float* state, int64_t size, const Walk& w, int64_t p) {
+    f32x16 s[R][V];
+    state += p * size;
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) s[r][v] = load_partial(state + r * size + 16 * v, size - 16 * v);
+    advance<R, V, false>(s, w, p, 0, w.first_out);
+    if (w.hold && w.first_out) store_state(s, state, size);
+    advance<R, V, true>(s, w, p, w.first_out, w.count);
+    if (!w.hold) store_state(s, state, size);
 }
 
 // One row and one token for any state size, state in memory.
@@ -197,31 +220,25 @@ inline float walk_any(float* state, int64_t size, float x, const float* b, const
     return reduce_add(sum);
 }
 
-inline void walk_head(const MambaTask& t, const MambaShape& s, float* states, int64_t head, const float* conv,
-                      const float* decay, const float* dt, int64_t count, float* y) {
-    int64_t per_token = up16(s.heads), size = t.state_size;
-    float* state = states + head * t.head_dim * size;
-    const float *b = conv + s.x, *c = b + s.b;
-    for (int64_t p = 0; p < t.head_dim;) {
-        const float* x = conv + head * t.head_dim + p;
-        float *at = state + p * size, *out = y + head * t.head_dim + p;
-        bool pair = p + 2 <= t.head_dim;
-#define WALK(V) \
-    pair ? walk<2, V>(at, size, x, b, c, s.row, decay + head, dt + head, per_token, count, out, s.x) \
-         : walk<1, V>(at, size, x, b, c, s.row, decay + head, dt + head, per_token, count, out, s.x)
-        switch (ceil_div(size, 16)) {
-            case 1: WALK(1); break;
-            case 2: WALK(2); break;
-            case 4: WALK(4); break;
-            case 8: WALK(8); break;
-            default:
-                pair = false;
-                for (int64_t n = 0; n < count; n++)
-                    out[n * s.x] = walk_any(at, size, x[n * s.row], b + n * s.row, c + n * s.row,
-                                            decay[n * per_token + head], dt[n * per_token + head]);
-        }
+// Walk all rows of one head; `spare` holds a row where it is walked in memory.
+inline void walk_head(float* state, int64_t head_dim, int64_t size, const Walk& w, float* spare) {
+    int64_t p = 0;
+    switch (ceil_div(size, 16)) {  // as many rows at a time as registers hold
+#define WALK(R, V) for (; p + R <= head_dim; p += R) walk<R, V>(state, size, w, p);
+        case 1: WALK(4, 1) WALK(1, 1) break;
+        case 2: WALK(4, 2) WALK(1, 2) break;
+        case 4: WALK(2, 4) WALK(1, 4) break;
+        case 8: WALK(2, 8) WALK(1, 8) break;
 #undef WALK
-        p += pair ? 2 : 1;
+    }
+    for (; p < head_dim; p++) {
+        float* row = state + p * size;
+        for (int64_t n = 0; n < w.count; n++) {
+            if (w.hold && n == w.first_out) row = (float*)memcpy(spare, row, size * 4);
+            float sum = walk_any(row, size, w.x[n * w.row + p], w.b + n * w.row, w.c + n * w.row,
+                                 w.decay[n * w.per_token], w.dt[n * w.per_token]);
+            if (n >= w.first_out) w.y[(n - w.first_out) * w.y_row + p] = sum;
+        }
     }
 }
 
@@ -246,66 +263,54 @@ inline void gate_and_norm(const MambaTask& t, const MambaShape& s, float* y, con
     rms_norm(y, t.norm_weight + t.group * s.inner, t.eps, s.inner, out);
 }
 
-// Tokens that a walk goes over; `out` null: only their effect on the state `states` of the group counts.
-struct MambaRun {
-    const float* projected;
-    int64_t tokens;
-    float* states;
-    bool fresh, keep_tail;
-    float* out;
-};
-
-inline void run_mamba(const MambaTask& t, const MambaShape& s, const MambaRun& run, uint8_t* scratch) {
-    int64_t history = t.kernel - 1, per_token = up16(s.heads);
+// Replayed tokens go first, then those of the step: of these the state takes none where they are held.
+// Such a step fits one chunk (see kMostHeld).
+inline void mamba(const MambaTask& t, uint8_t* scratch) {
+    MambaShape s(t);
+    int64_t history = t.kernel - 1, per_token = up16(s.heads), all = t.heads * t.head_dim;
+    int64_t replayed = t.num_replayed, total = replayed + t.tokens, settled = t.hold ? replayed : total;
     float* in = (float*)scratch;
     float* conv = in + (history + kChunk) * s.row;
     float* y = conv + kChunk * s.row;
-    float *dt = y + kChunk * s.x, *decay = dt + kChunk * per_token;
-    memset(scratch, 0, ((history + kChunk) + kChunk) * s.row * 4);  // what pads a row stays zero
-    if (run.fresh) {
-        memset(run.states, 0, s.inner * t.state_size * 4);
+    float *dt = y + kChunk * s.x, *decay = dt + kChunk * per_token, *spare = decay + kChunk * per_token;
+    float* states = t.state + t.group * s.inner * t.state_size;
+    int64_t most = total < kChunk ? total : kChunk;
+    memset(in, 0, (history + most) * s.row * 4);  // what pads a row stays zero
+    memset(conv, 0, most * s.row * 4);
+    if (t.fresh) {
+        memset(states, 0, s.inner * t.state_size * 4);
     } else {
         for (int64_t k = 0; k < history; k++) gather_row(t, s, t.tail + k * s.conv_dim, in + k * s.row);
     }
-    int64_t all = t.heads * t.head_dim;
-    for (int64_t done = 0; done < run.tokens; done += kChunk) {
-        int64_t count = run.tokens - done < kChunk ? run.tokens - done : kChunk;
+    for (int64_t done = 0; done < total; done += kChunk) {
+        int64_t count = total - done < kChunk ? total - done : kChunk;
+        int64_t first = replayed > done ? (replayed - done < count ? replayed - done : count) : 0;
         for (int64_t n = 0; n < count; n++) {
-            const float* row = run.projected + (done + n) * t.width;
+            const float* row = n < first ? t.replayed + (done + n) * t.width : t.projected + (done + n - replayed) * t.width;
             gather_row(t, s, row + all, in + (history + n) * s.row);
             step_sizes(t, s, row, dt + n * per_token, decay + n * per_token);
         }
         convolve(t, s, in, count, conv);
-        for (int64_t h = 0; h < s.heads; h++) walk_head(t, s, run.states, h, conv, decay, dt, count, y);
-        for (int64_t n = 0; n < count && run.out; n++) {
+        for (int64_t h = 0; h < s.heads; h++) {
+            Walk w{conv + h * t.head_dim, conv + s.x, conv + s.x + s.b, s.row, decay + h, dt + h, per_token, count, first,
+                   t.hold, y + h * t.head_dim, s.x};
+            walk_head(states + h * t.head_dim * t.state_size, t.head_dim, t.state_size, w, spare);
+        }
+        for (int64_t n = first; n < count; n++) {
+            float* read = y + (n - first) * s.x;
             for (int64_t h = 0; h < s.heads; h++) {
                 float d = t.d[t.group * s.heads + h];
-                for (int64_t p = h * t.head_dim; p < (h + 1) * t.head_dim; p++)
-                    y[n * s.x + p] += conv[n * s.row + p] * d;
+                for (int64_t p = h * t.head_dim; p < (h + 1) * t.head_dim; p++) read[p] += conv[n * s.row + p] * d;
             }
-            gate_and_norm(t, s, y + n * s.x, run.projected + (done + n) * t.width + t.group * s.inner,
-                          run.out + (done + n) * all + t.group * s.inner);
+            int64_t token = done + n - replayed;
+            gate_and_norm(t, s, read, t.projected + token * t.width + t.group * s.inner,
+                          t.out + token * all + t.group * s.inner);
         }
+        if (settled > done && settled <= done + count)
+            for (int64_t k = 0; k < history; k++)
+                scatter_row(t, s, in + (settled - done + k) * s.row, t.tail + k * s.conv_dim);
         memmove(in, in + count * s.row, history * s.row * 4);
     }
-    for (int64_t k = 0; k < history && run.keep_tail; k++) scatter_row(t, s, in + k * s.row, t.tail + k * s.conv_dim);
-}
-
-inline void mamba(const MambaTask& t, uint8_t* scratch) {
-    MambaShape s(t);
-    float* states = t.state + t.group * s.inner * t.state_size;
-    bool fresh = t.fresh;
-    if (t.num_replayed) {
-        run_mamba(t, s, {t.replayed, t.num_replayed, states, fresh, true, nullptr}, scratch);
-        fresh = false;
-    }
-    if (t.hold) {
-        int64_t bytes = s.inner * t.state_size * 4;
-        float* copy = (float*)(scratch + mamba_scratch(t) - bytes);
-        if (!fresh) memcpy(copy, states, bytes);
-        states = copy;
-    }
-    run_mamba(t, s, {t.projected, t.tokens, states, fresh, !t.hold, t.out}, scratch);
 }
 
 // ---- attention ----
@@ -378,18 +383,21 @@ inline void accumulate(const float* weights, const float* values, int64_t keys, 
     }
 }
 
-// One row's step of the online softmax; scores become weights; total shrinks.
-inline void soften(float* scores, int64_t visible, float& peak, float& mass, float* total, int64_t dim) {
+// One row's step of the online softmax over `count` keys, of which the first `visible` are seen; scores
+// become weights; total shrinks.
+inline void soften(float* scores, int64_t count, int64_t visible, float& peak, float& mass, float* total,
+                   int64_t dim) {
     if (visible <= 0) {
-        memset(scores, 0, kKeyBlock * 4);
+        memset(scores, 0, count * 4);
         return;
     }
-    for (int64_t k = visible; k < kKeyBlock; k++) scores[k] = -INFINITY;
+    int64_t end = up16(count);
+    for (int64_t k = visible; k < end; k++) scores[k] = -INFINITY;
     f32x16 best = splat(-INFINITY);
-    for (int64_t k = 0; k < kKeyBlock; k += 16) best = max(load(scores + k), best);
+    for (int64_t k = 0; k < end; k += 16) best = max(load(scores + k), best);
     float top = reduce_max(best), fresh = top > peak ? top : peak;
     f32x16 sum = splat(0);
-    for (int64_t k = 0; k < kKeyBlock; k += 16) {
+    for (int64_t k = 0; k < end; k += 16) {  // further keys would add zeros
         f32x16 w = exp(sub(load(scores + k), splat(fresh)));
         store(scores + k, w);
         sum = add(sum, w);
@@ -420,9 +428,11 @@ inline void attend_tile(const AttentionTask& t, int64_t first, int64_t rows, uin
     int64_t end = t.context + (first + rows - 1) / group + 1;  // keys that the last row sees
     for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
         int64_t count = end - begin < kKeyBlock ? end - begin : kKeyBlock;
+        int64_t whole = ceil_div(count, 64) * 64;  // as many as `score` takes
         read_rows(t, t.keys, t.key_scale, begin, begin + count, values, dim);
-        for (int64_t k = 0; k < count; k++)
-            for (int64_t p = 0; p < t.head_dim; p++) keys[p * kKeyBlock + k] = values[k * dim + p];
+        memset(values + count * dim, 0, (whole - count) * dim * 4);
+        for (int64_t k = 0; k < whole; k += 16)
+            for (int64_t p = 0; p < dim; p += 16) transpose(values + k * dim + p, dim, keys + p * kKeyBlock + k, kKeyBlock);
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4)
             for (int64_t k = 0; k < count; k += 64)
@@ -432,7 +442,8 @@ inline void attend_tile(const AttentionTask& t, int64_t first, int64_t rows, uin
                 score<1>(q + r * dim, dim, keys + k, t.head_dim, scores + r * kKeyBlock + k);
         for (r = 0; r < rows; r++) {
             int64_t visible = t.context + (first + r) / group + 1 - begin;
-            soften(scores + r * kKeyBlock, visible < count ? visible : count, peak[r], mass[r], total + r * dim, dim);
+            soften(scores + r * kKeyBlock, count, visible < count ? visible : count, peak[r], mass[r], total + r * dim,
+                   dim);
         }
         read_rows(t, t.values, t.value_scale, begin, begin + count, values, dim);
         for (r = 0; r + 4 <= rows; r += 4)
@@ -447,7 +458,6 @@ inline void attend_tile(const AttentionTask& t, int64_t first, int64_t rows, uin
 }
 
 inline void attention(const AttentionTask& t, uint8_t* scratch) {
-    memset(scratch, 0, up16(t.head_dim) * kKeyBlock * 2 * 4);
     for (int64_t r = 0; r < t.num_rows; r += kTileRows)
         attend_tile(t, t.first_row + r, t.num_rows - r < kTileRows ? t.num_rows - r : kTileRows, scratch);
 }

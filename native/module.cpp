@@ -8,9 +8,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
-#include <functional>
 
-#include "blocks.h"
+#include "model.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -162,49 +161,6 @@ void encode_nvfp4(Machine& m, int rule, bool half, uintptr_t x, uintptr_t import
     });
 }
 
-// Where a model's generation state lies: addresses by layer, as in `HybridState`.
-struct State {
-    std::vector<uintptr_t> conv, ssm, ring, keys, values;
-    int64_t ring_size;
-    Format cache;
-};
-
-// All layers of a model in order, run by one call: between layers that stream through memory, every
-// line of Python would run from a cold cache.
-struct Program {
-    std::vector<std::function<void(Machine&, float*, const Step&, const State&)>> layers;
-
-    void run(Machine& machine, float* x, const Step& step, const State& state) const {
-        Clock clock(machine);
-        for (auto& layer : layers) layer(machine, x, step, state);
-    }
-};
-
-// A prediction head: joins hidden states and embeddings of next tokens, runs its layers, and normalises.
-struct Head {
-    Floats embedding_norm, hidden_norm, last_norm;
-    float eps;
-    Weight join;
-    const Program* layers;
-
-    // hidden, embedded, out [T, D].
-    void run(Machine& m, const float* hidden, const float* embedded, const Step& step, const State& state,
-             float* out) const {
-        int64_t tokens = step.num_tokens, dim = (int64_t)hidden_norm.size();
-        float *joined = m.joined.floats(tokens * 2 * dim), *x = m.ahead.floats(tokens * dim);
-        {
-            Clock clock(m);
-            m.each(tokens, 2 * dim, [&](int64_t t, int) {
-                m.kernels.rms_norm(embedded + t * dim, embedding_norm.data(), eps, dim, joined + t * 2 * dim);
-                m.kernels.rms_norm(hidden + t * dim, hidden_norm.data(), eps, dim, joined + t * 2 * dim + dim);
-            });
-            m.linear(join, joined, tokens, x, m.packed[0]);
-        }
-        layers->run(m, x, step, state);
-        m.norm(last_norm, eps, x, tokens, out);
-    }
-};
-
 }  // namespace
 }  // namespace aprium
 
@@ -312,6 +268,7 @@ NB_MODULE(_kernels, module) {
              [](State* self, std::vector<uintptr_t> conv, std::vector<uintptr_t> ssm, std::vector<uintptr_t> ring,
                 std::vector<uintptr_t> keys, std::vector<uintptr_t> values, int64_t ring_size,
                 const std::string& cache) {
+                 if (ring_size > kMostHeld) throw std::invalid_argument("a ring holds at most 18 tokens");
                  new (self) State{std::move(conv), std::move(ssm),   std::move(ring),  std::move(keys),
                                   std::move(values), ring_size, format_of(cache)};
              });
@@ -319,43 +276,71 @@ NB_MODULE(_kernels, module) {
         .def(nb::init<>())
         .def("add",
              [](Program& self, const Mamba& layer, int64_t index) {
-                 self.layers.push_back([&layer, index](Machine& m, float* x, const Step& step, const State& state) {
+                 auto run = [&layer, index](Machine& m, float* x, const Step& step, const State& state) {
                      layer.run(m, x, step, at<float>(state.conv[index]), at<float>(state.ssm[index]),
                                at<float>(state.ring[index]), state.ring_size);
-                 });
+                 };
+                 self.layers.push_back({true, run, nullptr});
              }, nb::keep_alive<1, 2>())
         .def("add",
              [](Program& self, const Attention& layer, int64_t index) {
-                 self.layers.push_back([&layer, index](Machine& m, float* x, const Step& step, const State& state) {
+                 auto run = [&layer, index](Machine& m, float* x, const Step& step, const State& state) {
                      layer.run(m, x, step, at<void>(state.keys[index]), at<void>(state.values[index]), state.cache);
-                 });
+                 };
+                 auto ask = [&layer, index](Machine& m, const float* x, float* out, const Step& step,
+                                            const Step& asking, const State& state) {
+                     layer.run(m, x, out, step, asking, at<void>(state.keys[index]), at<void>(state.values[index]),
+                               state.cache);
+                 };
+                 self.layers.push_back({true, run, ask});
              }, nb::keep_alive<1, 2>())
         .def("add",
              [](Program& self, const MlpBlock& layer, int64_t) {
-                 self.layers.push_back([&layer](Machine& m, float* x, const Step& step, const State&) {
+                 auto run = [&layer](Machine& m, float* x, const Step& step, const State&) {
                      layer.run(m, x, step.num_tokens);
-                 });
+                 };
+                 self.layers.push_back({false, run, nullptr});
              }, nb::keep_alive<1, 2>())
         .def("add",
              [](Program& self, const Moe& layer, int64_t) {
-                 self.layers.push_back([&layer](Machine& m, float* x, const Step& step, const State&) {
+                 auto run = [&layer](Machine& m, float* x, const Step& step, const State&) {
                      layer.run(m, x, step.num_tokens);
-                 });
-             }, nb::keep_alive<1, 2>())
-        .def("run",
-             [](const Program& self, Machine& m, uintptr_t x, const Step& step, const State& state) {
-                 self.run(m, at<float>(x), step, state);
-             }, Release());
+                 };
+                 self.layers.push_back({false, run, nullptr});
+             }, nb::keep_alive<1, 2>());
 
     nb::class_<Head>(module, "Head")
         .def("__init__",
              [](Head* self, View embedding_norm, View hidden_norm, View last_norm, float eps, const Weight& join,
                 const Program& layers) {
                  new (self) Head{copy(embedding_norm), copy(hidden_norm), copy(last_norm), eps, join, &layers};
+             }, nb::keep_alive<1, 7>());
+
+    nb::class_<Model>(module, "Model")
+        .def("__init__",
+             [](Model* self, const std::string& format, uintptr_t embedding, int64_t rows, int64_t dim, bool halve,
+                const Program& backbone, View last_norm, float eps, const Weight& vocabulary) {
+                 new (self) Model{{format_of(format), at<uint8_t>(embedding), rows, dim, halve},
+                                  &backbone, copy(last_norm), eps, vocabulary, {}};
              }, nb::keep_alive<1, 7>())
-        .def("run",
-             [](const Head& self, Machine& m, uintptr_t hidden, uintptr_t embedded, const Step& step,
-                const State& state, uintptr_t out) {
-                 self.run(m, at<float>(hidden), at<float>(embedded), step, state, at<float>(out));
-             }, Release());
+        .def("add_head", [](Model& self, const Head& head) { self.heads.push_back(&head); }, nb::keep_alive<1, 2>())
+        .def("forward",
+             [](const Model& self, Machine& m, uintptr_t tokens, const Step& step, const State& state, uintptr_t out) {
+                 Clock clock(m);
+                 self.forward(m, at<int64_t>(tokens), step, state, at<float>(out));
+             }, Release())
+        .def("predict",
+             [](const Model& self, Machine& m, uintptr_t hidden, uintptr_t tokens, const Step& step,
+                const State& state, int64_t depth, uintptr_t out) {
+                 Clock clock(m);
+                 self.predict(m, at<float>(hidden), at<int64_t>(tokens), step, state, depth, at<float>(out));
+             }, Release())
+        .def("draft",
+             [](const Model& self, Machine& m, uintptr_t hidden, std::vector<int64_t> rows, std::vector<int64_t> tokens,
+                const Step& step, std::vector<int64_t> counts, double least, const State& state) {
+                 nb::gil_scoped_release release;
+                 Clock clock(m);
+                 return self.draft(m, at<float>(hidden),
+                                   {std::move(rows), std::move(tokens), &step, std::move(counts), least}, state);
+             });
 }

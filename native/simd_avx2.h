@@ -65,6 +65,24 @@ inline float reduce_max(f32x16 v) {
     for (int i = 1; i < 16; i++) m = t[i] > m ? t[i] : m;
     return m;
 }
+// Sums of four, and of four such results [4][16] the sum r of result i in lane i + 4 r.
+inline f32x16 fold_four(f32x16 p, f32x16 q, f32x16 r, f32x16 s) {
+    return {_mm256_setr_ps(reduce_add(p), reduce_add(q), reduce_add(r), reduce_add(s), 0, 0, 0, 0), _mm256_setzero_ps()};
+}
+inline f32x16 finish_folds(const float* folded) {
+    float t[16];
+    for (int i = 0; i < 16; i++) t[i] = folded[i % 4 * 16 + i / 4];
+    return load(t);
+}
+// to[0..3]: reduce_add of each.
+inline void store_sums(float* to, f32x16 p, f32x16 q, f32x16 r, f32x16 s) {
+    to[0] = reduce_add(p), to[1] = reduce_add(q), to[2] = reduce_add(r), to[3] = reduce_add(s);
+}
+// to[j][i] = from[i][j] of 16 rows, which lie `stride` and `to_stride` apart.
+inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int j = 0; j < 16; j++)
+        for (int i = 0; i < 16; i++) to[j * to_stride + i] = from[i * stride + j];
+}
 inline f32x16 reduce_rows(const float* rows) {
     float t[16];
     for (int i = 0; i < 16; i++) t[i] = reduce_add(load(rows + 16 * i));

@@ -46,21 +46,66 @@ inline float reduce_add(f32x16 a) {
 }
 inline float reduce_max(f32x16 a) { return _mm512_reduce_max_ps(a.v); }
 
-// Lane i of the result is reduce_add of row i of `rows` [16][16], the same folds in the same order.
-inline f32x16 reduce_rows(const float* rows) {
-    __m512 a[16], b[8], c[4], d[2];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(rows + 16 * i);
-    for (int i = 0; i < 8; i++)  // [a_i folded to 8 | a_(i+8) folded to 8]
-        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_f32x4(a[i], a[i + 8], 0xEE));
-    for (int i = 0; i < 4; i++)  // quarters: a_i, a_(i+8), a_(i+4), a_(i+12)
-        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), _mm512_shuffle_f32x4(b[i], b[i + 4], 0xDD));
+inline __m512 low_pairs(__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+}
+inline __m512 high_pairs(__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+}
+
+// The first folds of four sums; `finish_folds` makes the others of four such results [4][16], so that
+// lane i + 4 r is reduce_add of sum r of result i.
+inline f32x16 fold_four(f32x16 p, f32x16 q, f32x16 r, f32x16 s) {
+    __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(p.v, r.v, 0x44), _mm512_shuffle_f32x4(p.v, r.v, 0xEE));
+    __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(q.v, s.v, 0x44), _mm512_shuffle_f32x4(q.v, s.v, 0xEE));
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD))};  // p, r, q, s
+}
+// to[0..3]: reduce_add of each.
+inline void store_sums(float* to, f32x16 p, f32x16 q, f32x16 r, f32x16 s) {
+    __m512 c = fold_four(p, q, r, s).v;
+    c = _mm512_add_ps(c, _mm512_shuffle_ps(c, c, 0x4E)), c = _mm512_add_ps(c, _mm512_shuffle_ps(c, c, 0xB1));
+    const __m512i place = _mm512_setr_epi32(0, 8, 4, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(place, c)));
+}
+inline f32x16 finish_folds(const float* folded) {
+    __m512 c[4], d[2];
+    for (int i = 0; i < 4; i++) c[i] = _mm512_loadu_ps(folded + 16 * i);
     for (int i = 0; i < 2; i++)  // in each quarter: two of c_i, two of c_(i+2)
-        d[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(c[i]), _mm512_castps_pd(c[i + 2]))),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(c[i]), _mm512_castps_pd(c[i + 2]))));
+        d[i] = _mm512_add_ps(low_pairs(c[i], c[i + 2]), high_pairs(c[i], c[i + 2]));
     __m512 e = _mm512_add_ps(_mm512_shuffle_ps(d[0], d[1], 0x88), _mm512_shuffle_ps(d[0], d[1], 0xDD));
-    // e holds, a quarter at a time, rows q + {0, 2, 1, 3} with q = 0, 8, 4, 12.
+    // e holds, a quarter at a time (p, r, q, s), results 0, 2, 1, 3.
     const __m512i place = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
     return {_mm512_permutexvar_ps(place, e)};
+}
+
+// Lane i of the result is reduce_add of row i of `rows` [16][16], the same folds in the same order.
+inline f32x16 reduce_rows(const float* rows) {
+    float folded[64];
+    for (int i = 0; i < 4; i++)
+        store(folded + 16 * i, fold_four(load(rows + 16 * i), load(rows + 16 * (i + 4)), load(rows + 16 * (i + 8)),
+                                         load(rows + 16 * (i + 12))));
+    return finish_folds(folded);
+}
+
+// to[j][i] = from[i][j] of 16 rows, which lie `stride` and `to_stride` apart.
+inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // a[i + c]: of rows i to i + 3, columns c, c + 4, c + 8, c + 12
+        a[i] = low_pairs(b[i], b[i + 2]), a[i + 1] = high_pairs(b[i], b[i + 2]);
+        a[i + 2] = low_pairs(b[i + 1], b[i + 3]), a[i + 3] = high_pairs(b[i + 1], b[i + 3]);
+    }
+    for (int c = 0; c < 4; c++) {
+        __m512 p = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44), q = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
+        __m512 r = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xEE), s = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xEE);
+        _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(p, q, 0x88));
+        _mm512_storeu_ps(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(p, q, 0xDD));
+        _mm512_storeu_ps(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(r, s, 0x88));
+        _mm512_storeu_ps(to + (12 + c) * to_stride, _mm512_shuffle_f32x4(r, s, 0xDD));
+    }
 }
 
 inline u8x64 load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -118,9 +163,11 @@ inline f32x16 from_fp8(const uint8_t* p) {  // E4M3 with sign, exact; NaN codes 
     __m256i rest = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7F)), 7);
     return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), _mm512_set1_ps(256.0f))};
 }
-inline f32x16 from_bf16(const uint16_t* p) {
-    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
+inline f32x16 from_bf16(const uint16_t* p) {  // words to the upper halves, in one instruction
+    const __m512i place = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
+                                           3, 0, 2, 0, 1, 0, 0, 0);
+    __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, place, x))};
 }
 inline f32x16 from_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 // 16 codes (8 bytes) as E2M1 values in order.
@@ -161,3 +208,4 @@ inline void unpack_quads(const uint8_t* const rows[4], u8x64 out[8]) {
 inline u8x64 keep(u8x64 x) { __asm__("" : "+v"(x.v)); return x; }
 inline i32x16 keep(i32x16 x) { __asm__("" : "+v"(x.v)); return x; }
 inline f32x16 keep(f32x16 x) { __asm__("" : "+v"(x.v)); return x; }
+inline bf16x32 keep(bf16x32 x) { __asm__("" : "+v"(x.v)); return x; }

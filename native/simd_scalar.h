@@ -51,6 +51,20 @@ inline float reduce_max(const f32x16& x) {
     for (int i = 1; i < 16; i++) m = x.v[i] > m ? x.v[i] : m;
     return m;
 }
+// Sums of four, and of four such results [4][16] the sum r of result i in lane i + 4 r.
+inline f32x16 fold_four(const f32x16& p, const f32x16& q, const f32x16& r, const f32x16& s) {
+    return {{reduce_add(p), reduce_add(q), reduce_add(r), reduce_add(s)}};
+}
+inline f32x16 finish_folds(const float* folded) { f32x16 r; EACH16(folded[i % 4 * 16 + i / 4]); }
+// to[0..3]: reduce_add of each.
+inline void store_sums(float* to, const f32x16& p, const f32x16& q, const f32x16& r, const f32x16& s) {
+    to[0] = reduce_add(p), to[1] = reduce_add(q), to[2] = reduce_add(r), to[3] = reduce_add(s);
+}
+// to[j][i] = from[i][j] of 16 rows, which lie `stride` and `to_stride` apart.
+inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int j = 0; j < 16; j++)
+        for (int i = 0; i < 16; i++) to[j * to_stride + i] = from[i * stride + j];
+}
 inline f32x16 reduce_rows(const float* rows) { f32x16 r; EACH16(reduce_add(load(rows + 16 * i))); }
 
 inline u8x64 load_bytes_partial(const uint8_t* p, int64_t n) {

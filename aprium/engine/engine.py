@@ -25,7 +25,7 @@ from aprium.engine.prefix import Meta, Node, PrefixCache
 from aprium.engine.request import LiveSequence
 from aprium.engine.runner import Runner, SegmentResult
 from aprium.engine.scheduler import SPACING, Outcome, Scheduler, StepPlan
-from aprium.engine.speculative import DraftLength, look_up
+from aprium.engine.speculative import Decision, DraftLength, SpeculativeConfig, look_up
 from aprium.engine.store import SnapshotStore, fingerprint, join
 from aprium.model.native import bind
 from aprium.model.state import HybridState
@@ -64,6 +64,7 @@ class Engine:
                 "ngram, or none"
             )
         self._length = DraftLength(speculative) if speculative else None
+        self._drafting = Decision(0)
         self._ring_size = speculative.num_speculative_tokens + 1 if speculative else 0
         self._kv_dtype = CACHE_DTYPES.get(config.kv_cache_dtype, model.compute_dtype)
         self._ssm_dtype = SSM_DTYPES[config.mamba_ssm_cache_dtype]
@@ -362,10 +363,12 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Compute one step and return what it added to each request that it advanced visibly."""
-        begun = time.perf_counter()
+        begun, clock = time.perf_counter(), self.runner.clock
+        busy_since = clock()
         expired = [self._end(s, "deadline") for s in self.scheduler.expire(begun)]
         self._num_expired += len(expired)
-        plan = self.scheduler.plan(self._num_drafts())
+        self._drafting = self._next_drafting()
+        plan = self.scheduler.plan(self._drafting.length, self._drafting.least)
         if not plan.segments:
             return expired
         results = self.runner.run(plan)
@@ -378,7 +381,7 @@ class Engine:
         advanced = self.scheduler.update(plan, outcomes)
         if self.scheduler.prefixes is not None:
             self.runner.apply(self.scheduler.prefixes.drain())
-        self._learn(plan, outcomes, time.perf_counter() - begun)
+        self._learn(plan, outcomes, clock() - busy_since)
         deltas = [
             delta
             for sequence, result in zip(advanced, results, strict=True)
@@ -424,41 +427,53 @@ class Engine:
             drafts_accepted=tuple(self._length.kept) if self._length else (),
         )
 
-    def _num_drafts(self) -> int:
-        """Return how many tokens to draft after the next step."""
+    def _next_drafting(self) -> Decision:
+        """Return how to draft in and after the next step."""
         if self._length is None:
-            return 0
-        running = [s for s in self.scheduler.running if s.num_pending == 1]
-        count, plain = self._length.choose([(s.num_compared, s.num_accepted) for s in running])
-        if plain:
-            for sequence in running:
-                sequence.drafts = ()
-        return count
+            return self._drafting
+        if self._drafting.rest:
+            return self._drafting._replace(rest=self._drafting.rest - 1)
+        return self._length.choose(self._step_s)
 
     def _learn(self, plan: StepPlan, outcomes: list[Outcome], seconds: float) -> None:
         """Note what a step cost and what became of its drafts; look up n-grams for the next."""
-        if self._length is None:
+        length, runner, config = self._length, self.runner, self.config.speculative
+        if length is None or config is None or self._drafting.rest:
             return
-        for segment, outcome in zip(plan.segments, outcomes, strict=True):
-            if segment.num_drafts:
-                self._length.note_accepted(segment.num_drafts, len(outcome.tokens) - 1)
-        if all(len(s.tokens) == 1 + s.num_drafts and s.sample for s in plan.segments):
-            self._length.note_step(plan.num_tokens, seconds - self.runner.draft_s)
-            if self.runner.draft_passes:
-                each = self.runner.draft_s / self.runner.draft_passes
-                self._length.note_drafting(len(plan.segments), each)
-        config = self.config.speculative
-        assert config is not None
         if config.kind == "ngram":
-            for segment in plan.segments:
-                sequence = self.scheduler.sequences.get(segment.id)
-                if sequence is not None and segment.sample and sequence.status == "running":
-                    sequence.drafts = look_up(
-                        sequence.tokens,
-                        min(segment.draft, sequence.room - 1),
-                        config.prompt_lookup_max,
-                        config.prompt_lookup_min,
-                    )
+            self._look_up(plan, config)
+        count = len(plan.segments)
+        if (
+            not self._drafting.length and plan.num_tokens == count
+        ):  # in haste: this is the usual step
+            return length.note_step(count, count, count, 0, seconds, 0.0)
+        num_new = num_drafts = prompt_rows = 0
+        for segment, outcome in zip(plan.segments, outcomes, strict=True):
+            num_new += len(outcome.tokens)
+            if segment.num_drafts:
+                length.note_accepted(segment.num_drafts, len(outcome.tokens) - 1)
+            if segment.draft and segment.head_start is not None:
+                num_drafts += len(outcome.drafts)
+                length.note_drafts(segment.draft, len(outcome.drafts))
+            known = len(segment.tokens) - segment.num_drafts
+            prompt_rows += known if known > 1 or not segment.sample else 0
+        if prompt_rows:
+            length.note_reading(runner.draft_s * prompt_rows / plan.num_tokens)
+        else:
+            step_s = seconds - runner.draft_s
+            length.note_step(count, plan.num_tokens, num_new, num_drafts, step_s, runner.draft_s)
+
+    def _look_up(self, plan: StepPlan, config: SpeculativeConfig) -> None:
+        """Draft what followed in the text itself."""
+        assert self._length is not None
+        for segment in plan.segments:
+            sequence = self.scheduler.sequences.get(segment.id)
+            if sequence is not None and segment.sample and sequence.status == "running":
+                wanted = min(segment.draft, sequence.room - 1)
+                sequence.drafts = look_up(
+                    sequence.tokens, wanted, config.prompt_lookup_max, config.prompt_lookup_min
+                )
+                self._length.note_drafts(max(wanted, 0), len(sequence.drafts))
 
     def _check_ids(self, tokens: tuple[int, ...], param: str) -> None:
         # Whole passes in C first: a prompt may have a hundred thousand tokens.

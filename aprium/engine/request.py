@@ -23,8 +23,8 @@ class LiveSequence:
     `stop_ids` end the text, `max_tokens` bounds it, `seed` drives sampling. `status` is "waiting",
     "running" or "finished"; `pages` and `slot` are set while running. `num_scored` counts the
     prompt positions whose log-probabilities are in `prompt_logprobs`. `drafts` may follow `tokens`;
-    `num_drafted` and `num_accepted` count drafts verified, `num_compared` those that a choice was
-    compared with. The prediction head has read positions from `head_start` on, if that is set.
+    `num_drafted` and `num_accepted` count drafts verified. The prediction head has read positions
+    from `head_start` on, if that is set.
     At `snapshot_points` (numbers of tokens) a step ends and the state is kept for others with the
     same `salt`, while generating every `keep_every` tokens (0: never); `private` is a salt of its
     own, for nobody else. It came from `node`; `reused` tokens were taken from such a state, and
@@ -56,7 +56,6 @@ class LiveSequence:
     num_late: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
-    num_compared: int = 0
     head_start: int | None = None
     salt: str = ""
     private: bool = False

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from aprium.base.errors import EngineError
-from aprium.base.records import TopLogprobs
+from aprium.base.records import SamplingParams, TopLogprobs
 from aprium.engine.prefix import CopyPage, CopySlot, Drop, Operation, Save
 from aprium.engine.scheduler import Segment, StepPlan
 from aprium.engine.speculative import count_accepted
 from aprium.engine.store import SnapshotStore
-from aprium.model.layout import Layout
+from aprium.model.layout import Drafting, Layout
 from aprium.model.model import HybridModel
 from aprium.model.state import HybridState
 from aprium.ops.sample import Choice, sample, score
@@ -49,7 +49,9 @@ class Runner:
         self.device = model.backbone.embeddings.weight.device
         self.pools: dict[str, Tensor] = {}  # last hidden state, or sum so far, by request
         self.rebind()
-        self.draft_s, self.draft_passes = 0.0, 0  # of the last step
+        # Where this thread does the work, what it does in spite of others: time of the processor.
+        self.clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
+        self.draft_s = 0.0  # of the last step, by the clock
 
     def rebind(self) -> None:
         """Take the model's kernels anew, after they were bound."""
@@ -83,7 +85,7 @@ class Runner:
         for segment, start in zip(segments, layout.starts, strict=True):
             if segment.pool is not None:
                 self._pool(segment, hidden[start : start + len(segment.tokens)])
-        drafts = self._draft(segments, layout, hidden, choices)
+        drafts = self._draft(segments, layout, hidden, choices, plan.least)
         return [
             SegmentResult(chosen, *scored, drafted)
             for chosen, scored, drafted in zip(choices, scores, drafts, strict=True)
@@ -115,38 +117,37 @@ class Runner:
     ) -> list[tuple[Choice, ...]]:
         """Choose after each segment's last token and at each draft; return what is accepted."""
         rows: list[int] = []
-        owners: list[Segment] = []
+        params: list[SamplingParams] = []
+        seeds: list[int] = []
         positions: list[int] = []
         masks: list[bytes | None] = []
         for s, start in zip(segments, layout.starts, strict=True):
-            for offset in (
-                range(len(s.tokens) - 1 - s.num_drafts, len(s.tokens)) if s.sample else ()
-            ):
-                rows.append(start + offset)
-                owners.append(s)
-                positions.append(s.start + offset + 1)
             if s.sample:
-                masks += s.masks or (None,) * (s.num_drafts + 1)
+                first, count = len(s.tokens) - 1 - s.num_drafts, s.num_drafts + 1
+                rows += range(start + first, start + first + count)
+                positions += range(s.start + first + 1, s.start + first + 1 + count)
+                params += [s.params] * count
+                seeds += [s.seed] * count
+                masks += s.masks or (None,) * count
         if not rows:
             return [()] * len(segments)
-        found = iter(
-            sample(
-                self.model.logits(hidden if len(rows) == hidden.shape[0] else hidden[rows]),
-                [s.params for s in owners],
-                [s.seed for s in owners],
-                positions,
-                self._pick,
-                masks,
-            )
-        )
-        results = []
+        logits = self.model.logits(hidden if len(rows) == hidden.shape[0] else hidden[rows])
+        found = sample(logits, params, seeds, positions, self._pick, masks)
+        results: list[tuple[Choice, ...]] = []
+        begin = 0
         for s in segments:
-            choices = [next(found) for _ in range(s.num_drafts + 1)] if s.sample else []
-            drafts = s.tokens[len(s.tokens) - s.num_drafts :]
-            kept = choices[: count_accepted(drafts, [c.token for c in choices]) + 1]
+            if not s.sample:
+                results.append(())
+                continue
+            end = begin + s.num_drafts + 1
+            kept = found[begin:end]
+            if s.num_drafts:
+                drafts = s.tokens[len(s.tokens) - s.num_drafts :]
+                kept = kept[: count_accepted(drafts, [c.token for c in kept]) + 1]
             for choice in kept:
                 _check_number(choice.logprob, s)
             results.append(tuple(kept))
+            begin = end
         return results
 
     def _draft(
@@ -155,73 +156,49 @@ class Runner:
         layout: Layout,
         hidden: Tensor,
         choices: list[tuple[Choice, ...]],
+        least: float,
     ) -> list[tuple[int, ...]]:
         """Let the prediction head read what the step accepted, and draft."""
-        reading = [i for i, s in enumerate(segments) if s.head_start is not None]
         drafts: list[tuple[int, ...]] = [()] * len(segments)
-        self.draft_s, self.draft_passes = 0.0, 0
-        if not reading:
-            return drafts
-        begun = time.perf_counter()
-        rows: list[Tensor] = []
+        self.draft_s = 0.0
+        begun = self.clock()
+        reading: list[int] = []
+        rows: list[int] = []
         tokens: list[int] = []
         lengths: list[int] = []
-        for i in reading:
-            s, chosen = segments[i], [c.token for c in choices[i]]
-            length = len(s.tokens) - s.num_drafts + max(len(chosen) - 1, 0)
+        for i, s in enumerate(segments):
+            if s.head_start is None:
+                continue
             known = s.tokens[1 : len(s.tokens) - s.num_drafts]
-            last = chosen if chosen else [] if s.next_token is None else [s.next_token]
-            length = min(length, len(known) + len(last))
-            rows.append(hidden[layout.starts[i] : layout.starts[i] + length])
-            tokens += [*known, *last]
-            lengths.append(length)
+            last = [c.token for c in choices[i]]
+            if not last and s.next_token is not None:
+                last = [s.next_token]
+            reading.append(i)
+            tokens += known
+            tokens += last
+            lengths.append(len(known) + len(last))
+            rows += range(layout.starts[i], layout.starts[i] + lengths[-1])
+        if not reading:
+            return drafts
         some = [segments[i] for i in reading]
-        ahead = self.model.predict(
-            torch.cat(rows),
-            torch.tensor(tokens, device=self.device),
-            self._head_layout(some, lengths, [s.start for s in some]),
+        counts = [s.draft for s in some]
+        made = self.model.draft(
+            hidden,
+            Drafting(rows, tokens, self._head_layout(some, lengths), counts, least),
             self.state,
         )
-        self.draft_passes = 1
-        last_rows = ahead[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
-        made: list[list[int]] = [[] for _ in reading]
-        active = [n for n, s in enumerate(some) if s.draft > 0 and lengths[n] > 0]
-        rows_now = last_rows[active]
-        depth = 0
-        while active:
-            drafted = self._most_likely(self.model.logits(rows_now))
-            for n, token in zip(active, drafted, strict=True):
-                made[n].append(token)
-            depth += 1
-            keep = [j for j, n in enumerate(active) if some[n].draft > depth]
-            if not keep:
-                break
-            active = [active[j] for j in keep]
-            ends = [some[n].start + lengths[n] + depth - 1 for n in active]
-            layout_now = self._head_layout([some[n] for n in active], [1] * len(active), ends)
-            tokens_now = torch.tensor([drafted[j] for j in keep], device=self.device)
-            rows_now = rows_now if len(keep) == len(drafted) else rows_now[keep]
-            rows_now = self.model.predict(rows_now, tokens_now, layout_now, self.state, depth=depth)
-            self.draft_passes += 1
-        for n, i in enumerate(reading):
-            drafts[i] = tuple(made[n])
-        self.draft_s = time.perf_counter() - begun
+        for i, drafted in zip(reading, made, strict=True):
+            drafts[i] = tuple(drafted)
+        self.draft_s = self.clock() - begun
         return drafts
 
-    def _most_likely(self, logits: Tensor) -> list[int]:
-        if self._pick is None:
-            return logits.argmax(-1).tolist()
-        return [token for token, _, _ in self._pick(logits)]
-
-    def _head_layout(
-        self, segments: list[Segment], lengths: list[int], starts: list[int]
-    ) -> Layout:
+    def _head_layout(self, segments: list[Segment], lengths: list[int]) -> Layout:
         """Lay out rows of the prediction head, whose own reading begins at a page of its own."""
         size = self.state.page_size
         first = [s.head_start or 0 for s in segments]
         return Layout.build(
             lengths=lengths,
-            context=[start - begin for start, begin in zip(starts, first, strict=True)],
+            context=[s.start - begin for s, begin in zip(segments, first, strict=True)],
             slots=[s.slot for s in segments],
             pages=[s.pages[begin // size :] for s, begin in zip(segments, first, strict=True)],
             page_size=size,

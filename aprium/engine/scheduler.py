@@ -71,11 +71,13 @@ class Outcome(NamedTuple):
 class StepPlan:
     """One step of the engine: what the runner does is a function of this and the state.
 
-    `operations` on states come first, in order.
+    `operations` on states come first, in order. Drafts of a sequence end before their probabilities
+    multiply to less than `least`.
     """
 
     segments: tuple[Segment, ...]
     operations: tuple[Operation, ...] = ()
+    least: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -171,10 +173,10 @@ class Scheduler:
             self.abort(sequence.id)
         return late
 
-    def plan(self, num_drafts: int = 0) -> StepPlan:
+    def plan(self, num_drafts: int = 0, least: float = 0.0) -> StepPlan:
         """Choose the next step, after which up to `num_drafts` tokens a sequence are drafted.
 
-        May preempt and admit.
+        They end before they are less likely than `least`. May preempt and admit.
         """
         segments: list[Segment] = []
         budget = self.max_num_batched_tokens
@@ -194,8 +196,8 @@ class Scheduler:
         if self.num_preemptions == preempted:
             self._admit(segments, budget, num_drafts)
         if self.prefixes is None or not segments:  # operations wait for a step that is run
-            return StepPlan(tuple(segments))
-        return StepPlan(tuple(segments), self.prefixes.drain())
+            return StepPlan(tuple(segments), least=least)
+        return StepPlan(tuple(segments), self.prefixes.drain(), least)
 
     def update(self, plan: StepPlan, outcomes: Sequence[Outcome]) -> list[LiveSequence]:
         """Book a finished step, one outcome a segment.
@@ -219,7 +221,6 @@ class Scheduler:
             sequence.drafts = outcome.drafts
             sequence.num_drafted += segment.num_drafts
             sequence.num_accepted += accepted
-            sequence.num_compared += min(accepted + 1, segment.num_drafts)
             self.waiting.serve(sequence, len(segment.tokens))
             if segment.sample:
                 assert outcome.tokens

@@ -5,22 +5,33 @@ drafts (same logits, same random number), and drafts are kept as long as they ar
 the text is the same, greedy or sampled, and with a draft that is one token rather than a
 distribution this is rejection sampling (arXiv 2211.17192). Drafts come from the model's prediction
 head ("mtp"), applied to its own output again and again, or from the text itself ("ngram").
-No torch.
+
+Whether that pays depends on the machine, the batch and the text, and is measured: windows of steps
+with drafts against windows without, which are few where drafts pay; where they do not, windows with
+drafts are tried as long as that costs little of all time. The head says how likely its own drafts
+are, and stops where the next one would cost more than it promises. No torch.
 """
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from aprium.base.errors import ConfigError
 
 METHODS = {"mtp": "mtp", "nemotron_h_mtp": "mtp", "ngram": "ngram"}
-_FORGET = 0.97  # a step's weight after each step that follows
-_WORTH = 1.02  # drafting must promise so much more than not drafting
-_LEARN_EVERY = 4  # steps of which one is plain while costs are unknown
-_PROBE_EVERY = 100  # steps between trials
-_PROBE_DRAFTS = 16  # drafts compared in a trial
-_PRIOR = 4.0  # drafts that the engine's own acceptance counts for in a new request
+_FORGET = 0.98  # weight of what was known, for each step or draft that is noted
+_WORTH = 1.03  # drafting must promise so much more than not drafting
+_WINDOW = 12  # steps that are timed together
+_SETTLE = 2  # steps before a window, which do not find in the caches what they need
+_RECENT = 7  # windows of a kind whose median counts, since machines have other work, too
+_ENOUGH = 3  # windows of both kinds that are compared
+_PLAIN_EVERY = 4, 24  # windows with drafts to one without: while little is gained, and much
+_MUCH, _HOPELESS = 1.15, 0.6  # times as fast; the second needs no more windows
+_REST = 50  # steps without drafts between windows, where drafts do not pay
+_TRIAL_SHARE = 0.01  # of all time that drafting may have lost
+_LEAST_CHANCE = 0.05, 0.9  # of a draft to be made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +91,19 @@ def count_accepted(drafts: Sequence[int], chosen: Sequence[int]) -> int:
     return len(drafts)
 
 
+class Decision(NamedTuple):
+    """How to draft after a step.
+
+    Up to `length` tokens for every running sequence, 0 for none, each sequence's only as long as
+    their probabilities multiply to `least`. It holds for `rest` steps more, of which nothing has to
+    be noted.
+    """
+
+    length: int
+    least: float = 0.0
+    rest: int = 0
+
+
 class _Line:
     """Seconds as a + b x, fitted by least squares with older points forgotten."""
 
@@ -87,87 +111,177 @@ class _Line:
         self._sums = [0.0] * 5  # weight, x, x x, y, x y
 
     def add(self, x: float, y: float) -> None:
+        """Note a point; one far above the others was interrupted."""
+        if self._sums[0] > 4:
+            y = min(y, 3 * self._sums[3] / self._sums[0])
         for i, value in enumerate((1.0, x, x * x, y, x * y)):
             self._sums[i] = self._sums[i] * _FORGET + value
 
-    def at(self, x: float) -> float | None:
-        """Return the value at `x`; None where nothing is known of it."""
+    def fit(self) -> tuple[float, float]:
+        """Return a and b; b is not negative, and 0 while x has not varied."""
         n, sx, sxx, sy, sxy = self._sums
         spread = n * sxx - sx * sx
-        if n < 1:
+        slope = max((n * sxy - sx * sy) / spread, 0.0) if spread > 1e-6 * n * n else 0.0
+        return ((sy - slope * sx) / n if n else 0.0), slope
+
+
+class _Share:
+    """How often something was so, older times forgotten."""
+
+    def __init__(self) -> None:
+        self._times = self._so = 0.0
+
+    def add(self, so: bool) -> None:
+        self._times = self._times * _FORGET + 1
+        self._so = self._so * _FORGET + so
+
+    @property
+    def value(self) -> float:
+        """The share, drawn to one half while little is known."""
+        return (self._so + 0.5) / (self._times + 1)
+
+
+class _Rates:
+    """Seconds a token in the last windows of one batch size, with drafts and without."""
+
+    def __init__(self) -> None:
+        self.windows = {on: deque[float](maxlen=_RECENT) for on in (False, True)}
+
+    def gain(self, reading_s: float) -> float | None:
+        """Return how many times as fast drafting is, if it spends so much a token on prompts."""
+        fewest = min(map(len, self.windows.values()))
+        if not fewest:
             return None
-        if spread <= 1e-9 * n * n:  # one point only, again and again
-            return sy / n if abs(sx / n - x) < 0.5 else None
-        slope = max((n * sxy - sx * sy) / spread, 0.0)
-        return max((sy - slope * sx) / n + slope * x, 1e-9)
+        off, on = (statistics.median_low(self.windows[on]) for on in (False, True))
+        gain = off / (on + reading_s)
+        return gain if fewest >= _ENOUGH or gain < _HOPELESS else None
+
+
+@dataclass(slots=True)
+class _Window:
+    """Steps of one kind and batch size, timed together."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 class DraftLength:
-    """Chooses how many tokens to draft, from what steps cost and how many drafts are accepted."""
+    """Chooses whether to draft, and how many tokens, from what it costs and what is accepted."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self.most = config.num_speculative_tokens
         self._adaptive, self._free = config.adaptive, config.kind == "ngram"
-        self._step, self._draft = _Line(), _Line()
-        self._since = 0  # decisions since a trial
-        self._tried_before = 0  # drafts compared before the trial
+        self._on, self._settling, self._resting = True, _SETTLE, False
+        self._size = 0  # of the batch, in powers of two
+        self._rates: dict[int, _Rates] = {}  # by size
+        self._windows: dict[tuple[int, bool], _Window] = {}  # open ones, by size and kind
+        self._since_plain = 0  # windows with drafts since one without
+        self._lost_s = self._elapsed_s = 0.0
+        self._reading_s = 0.0  # that the head spent on prompts, for each token
+        self._step, self._draft = _Line(), _Line()  # of a sequence, by tokens more and by drafts
+        self._made = [_Share() for _ in range(self.most)]  # by position, of those wanted
+        self._right = [_Share() for _ in range(self.most)]  # it and all before, of those made
+        self._best = Decision(self.most, _LEAST_CHANCE[0])
         self.tried = [0] * self.most  # by position
         self.kept = [0] * self.most
+
+    def note_drafts(self, wanted: int, made: int) -> None:
+        """Count that of up to `wanted` tokens `made` were drafted for one sequence."""
+        for i in range(wanted):
+            self._made[i].add(made > i)
 
     def note_accepted(self, drafted: int, accepted: int) -> None:
         """Count `accepted` of `drafted` tokens of one sequence, by position."""
         for i in range(drafted):
+            self._right[i].add(accepted > i)
             self.tried[i] += i <= accepted  # later ones were never compared
             self.kept[i] += i < accepted
 
-    def note_step(self, num_tokens: int, seconds: float) -> None:
-        """Count a step that only decoded: its packed tokens and its time without drafting."""
-        self._step.add(num_tokens, seconds)
+    def note_reading(self, seconds: float) -> None:
+        """Count that the head spent `seconds` on prompts."""
+        self._reading_s += seconds * (1 - _FORGET)
+        self._lost_s += seconds
 
-    def note_drafting(self, num_rows: int, seconds: float) -> None:
-        """Count one drafting pass over `num_rows` sequences."""
-        self._draft.add(num_rows, seconds)
+    def note_step(
+        self,
+        num_sequences: int,
+        num_tokens: int,
+        num_new: int,
+        num_drafts: int,
+        step_s: float,
+        draft_s: float,
+    ) -> None:
+        """Count a step that only decoded.
 
-    def choose(self, acceptance: Sequence[tuple[int, int]]) -> tuple[int, bool]:
-        """Return how many tokens to draft for every running sequence, 0 for none; and a trial.
-
-        `acceptance` has (drafts compared, drafts accepted) of each. The second is True where this
-        step should leave drafts unused, so that the cost of a plain one stays known. While
-        drafting does not pay, it is tried again now and then for a few steps.
+        It computed `num_tokens` and gave `num_new` in `step_s`, without the `draft_s` in which
+        `num_drafts` were drafted after it.
         """
-        if not self._adaptive or not acceptance:
-            return self.most, False
-        best = self._best(acceptance)
-        self._since += 1
-        if best is None:  # see both kinds of steps first
-            return self.most, self._since % _LEARN_EVERY == 0
-        if best:
-            plain = self._since >= _PROBE_EVERY
-            self._since = 0 if plain else self._since
-            return best, plain
-        if self._since < _PROBE_EVERY:
-            return 0, False
-        if sum(self.tried) - self._tried_before > _PROBE_DRAFTS:
-            self._since, self._tried_before = 0, sum(self.tried)
-            return 0, False
-        return self.most, False
+        self._reading_s *= _FORGET**num_new
+        self._size = (num_sequences - 1).bit_length()
+        if self._on:
+            if not draft_s and not self._free:  # the head has to wait for a page's beginning
+                return
+            self._step.add(num_tokens / num_sequences - 1, step_s / num_sequences)
+            self._draft.add(num_drafts / num_sequences, draft_s / num_sequences)
+        if self._settling:
+            self._settling -= 1
+            return
+        window = self._windows.setdefault((self._size, self._on), _Window())
+        window.steps += 1
+        window.tokens += num_new
+        window.seconds += step_s + draft_s
+        if window.steps == _WINDOW:
+            del self._windows[self._size, self._on]
+            on = self._on
+            self._judge(window)
+            self._settling = _SETTLE if self._on != on else 0
 
-    def _best(self, acceptance: Sequence[tuple[int, int]]) -> int | None:
-        """Return the length that promises most tokens a second; None while costs are unknown."""
-        count = len(acceptance)
-        base = self._step.at(count)
-        if base is None or sum(self.tried) < 4 * self.most:
-            return None
-        overall = sum(self.kept) / max(sum(self.tried), 1)
-        rates = [(kept + _PRIOR * overall) / (tried + _PRIOR) for tried, kept in acceptance]
-        best, most = 0, count / base * _WORTH
-        for length in range(1, self.most + 1):
-            tokens = sum(sum(rate**i for i in range(length + 1)) for rate in rates)
-            step = self._step.at(count * (1 + length))
-            draft = 0.0 if self._free else self._draft.at(count)
-            if step is None or draft is None:
-                return None
-            seconds = step + length * draft
-            if tokens / seconds > most:
-                best, most = length, tokens / seconds
-        return best
+    def choose(self, elapsed_s: float) -> Decision:
+        """Decide how to draft after the next step; all steps so far took `elapsed_s`."""
+        if not self._adaptive:
+            return Decision(self.most)
+        self._elapsed_s = elapsed_s
+        if self._on:
+            return self._best
+        resting, self._resting = self._resting, False
+        return Decision(0, rest=_REST if resting else 0)
+
+    def _judge(self, window: _Window) -> None:
+        """Book a window that ended, and choose the kind of the next."""
+        rates = self._rates.setdefault(self._size, _Rates())
+        rates.windows[self._on].append(window.seconds / window.tokens)
+        if self._on:
+            self._set_best()
+            self._since_plain += 1
+            if without := rates.windows[False]:
+                self._lost_s += window.seconds - window.tokens * statistics.median_low(without)
+        gain = rates.gain(self._reading_s)
+        if gain is not None and gain > _WORTH:
+            self._lost_s = max(self._lost_s, 0.0)  # what was gained buys no trials
+        may_lose = self._lost_s <= _TRIAL_SHARE * self._elapsed_s
+        if gain is None:
+            some, plain = (len(rates.windows[on]) for on in (True, False))
+            self._on = some <= plain and (may_lose or len(self._rates) == 1)
+            self._resting = not self._on and plain >= _ENOUGH
+        elif gain > _WORTH:
+            self._on = self._since_plain < _PLAIN_EVERY[gain > _MUCH]
+            self._since_plain *= self._on
+        else:
+            self._on = may_lose
+            self._resting = not may_lose  # windows may be far apart now that this is settled
+
+    def _set_best(self) -> None:
+        """Set the length that promises most tokens a second, and how likely a draft has to be."""
+        step, verify = self._step.fit()
+        reading, draft = self._draft.fit()
+        drafts = accepted = best = 0.0
+        for i in range(self.most):
+            made = self._made[i].value
+            drafts += made
+            accepted += made * self._right[i].value
+            rate = (1 + accepted) / (step + reading + drafts * (verify + draft))
+            if rate > best:
+                best, low_high = rate, _LEAST_CHANCE
+                least = min(max((verify + draft) * rate, low_high[0]), low_high[1])
+                self._best = Decision(i + 1, least)

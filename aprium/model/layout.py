@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,6 +103,18 @@ class Layout:
             device=self.device,
         )
 
+    def after(self, indices: Sequence[int], count: int) -> "Layout":
+        """Lay out one token for each sequence of `indices`, `count` tokens after these."""
+        assert self.slot_ids is not None and self.page_ids is not None
+        return Layout.build(
+            lengths=[1] * len(indices),
+            context=[self.context[i] + self.lengths[i] + count for i in indices],
+            slots=[self.slot_ids[i] for i in indices],
+            pages=[self.page_ids[i] for i in indices],
+            page_size=self.page_size,
+            device=self.device,
+        )
+
     @staticmethod
     def packed(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Layout":
         """Lay out whole documents of the given lengths, with no state before or after them."""
@@ -144,3 +156,18 @@ def _layout(lengths: Sequence[int], context: Sequence[int], **rest: Any) -> Layo
     assert lengths and all(n > 0 for n in lengths), "a segment must bring at least one token"
     starts = itertools.accumulate(lengths[:-1], initial=0)
     return Layout(lengths=tuple(lengths), starts=tuple(starts), context=tuple(context), **rest)
+
+
+class Drafting(NamedTuple):
+    """What the prediction head reads and drafts in one go.
+
+    It reads `rows` of a step's hidden states and the tokens `next_tokens` after them; `layout`
+    places them in its own KV pages. Then it drafts up to `counts[i]` tokens for sequence i, as long
+    as their probabilities multiply to at least `least`.
+    """
+
+    rows: Sequence[int]
+    next_tokens: Sequence[int]
+    layout: Layout
+    counts: Sequence[int]
+    least: float = 0.0

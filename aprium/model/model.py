@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aprium.model.config import ModelConfig, QuantConfig
-from aprium.model.layout import Layout
+from aprium.model.layout import Drafting, Layout
 from aprium.model.linear import Experts, Linear
 from aprium.model.native import NativeModel
 from aprium.model.state import HybridState
@@ -414,8 +414,7 @@ class HybridModel(nn.Module):
                 return self.forward(tokens, compact, wide, routing)
         native = self._native(state, routing)
         if native is not None and state is not None:
-            embedded = self._embed(tokens).float()
-            return native.norm(native.backbone(embedded, native.step(layout), state))
+            return native.forward(tokens, layout, state)
         x = self._embed(tokens)
         indices = {"mamba": 0, "attention": 0}
         for block in self.backbone.layers:
@@ -467,10 +466,10 @@ class HybridModel(nn.Module):
         layers = list(self.mtp.layers)[head * size : (head + 1) * size]
         first, last = layers[0], layers[-1]
         assert isinstance(first, PredictionLayer) and isinstance(last, PredictionLayer)
-        embedded = self._embed(next_tokens)
         native = self._native(state, routing)
         if native is not None and state is not None:
-            return native.predict(hidden, embedded, native.step(layout), state, head)
+            return native.predict(hidden, next_tokens, layout, state, head)
+        embedded = self._embed(next_tokens)
         x = first.eh_proj(torch.cat((first.enorm(embedded), first.hnorm(hidden)), -1))
         index = config.layers.count("attention")
         for block in layers:
@@ -478,25 +477,51 @@ class HybridModel(nn.Module):
             index += isinstance(block, Block) and block.kind == "attention"
         return last.final_layernorm(x)
 
-    def draft(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        layouts: list[Layout],
-        state: HybridState,
-    ) -> Tensor:
-        """Draft greedily, each step one token a sequence, with the head applied to its own output.
+    def draft(self, hidden: Tensor, drafting: Drafting, state: HybridState) -> list[list[int]]:
+        """Let the prediction head read hidden states [.., D] of a step, and draft after them.
 
-        `hidden` [S, D] of the last token of each sequence and `tokens` int64 [S] that follow it;
-        `layouts[i]` places the i-th drafting step (one token a sequence) in the head's KV pages of
-        `state`, which are written. Returns int64 [S, len(layouts)].
+        The head's KV pages in `state` are written. A draft is the head's most likely token,
+        and it is applied to its own output for the next. Returns the drafts of each sequence.
         """
-        drafted = []
-        for depth, layout in enumerate(layouts):
-            hidden = self.predict(hidden, tokens, layout, state, depth=depth)
-            tokens = self.logits(hidden).argmax(-1)
-            drafted.append(tokens)
-        return torch.stack(drafted, 1)
+        if self._native(state, None) is not None and self.native is not None:
+            return self.native.draft(hidden, drafting, state)
+        return self.draft_by_parts(hidden, drafting, state)
+
+    def draft_by_parts(
+        self, hidden: Tensor, drafting: Drafting, state: HybridState
+    ) -> list[list[int]]:
+        """Specify `draft` by `predict` and `logits`."""
+        rows, next_tokens, layout, counts, least = drafting
+        tokens = torch.tensor(next_tokens, device=hidden.device)
+        ahead = self.predict(hidden[list(rows)], tokens, layout, state)
+        drafts: list[list[int]] = [[] for _ in counts]
+        chances = [1.0] * len(counts)
+        active = [i for i, count in enumerate(counts) if count > 0]
+        ahead = ahead[[layout.starts[i] + layout.lengths[i] - 1 for i in active]]
+        depth = 0
+        while active:
+            best = self.most_likely(self.logits(ahead))
+            depth += 1
+            kept = []
+            for j, (i, (token, chance)) in enumerate(zip(active, best, strict=True)):
+                chances[i] *= chance
+                if chances[i] >= least:
+                    drafts[i].append(token)
+                    if counts[i] > depth:
+                        kept.append(j)
+            active = [active[j] for j in kept]
+            if active:
+                tokens = torch.tensor([best[j][0] for j in kept], device=hidden.device)
+                places = layout.after(active, depth - 1)
+                ahead = self.predict(ahead[kept], tokens, places, state, depth=depth)
+        return drafts
+
+    def most_likely(self, logits: Tensor) -> list[tuple[int, float]]:
+        """Return the most likely token of each row of `logits` [R, V], and its probability."""
+        if self.native is not None:
+            return [(token, math.exp(-mass)) for token, _, mass in self.native.pick(logits)]
+        chances, tokens = logits.softmax(-1).max(-1)
+        return list(zip(tokens.tolist(), chances.tolist(), strict=True))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.backbone.embeddings.weight).to(self.compute_dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 from aprium.base.errors import ConfigError
 from aprium.base.log import get_logger
 from aprium.model.config import NVFP4_TENSORS, QuantConfig
-from aprium.model.layout import Layout
+from aprium.model.layout import Drafting, Layout
 from aprium.model.linear import Matrix
 from aprium.model.state import HybridState
 from aprium.ops import _native
@@ -64,22 +64,28 @@ class NativeModel:
     def __init__(self, model: Any, machine: Any, activation_dtype: str) -> None:
         self.machine, self.activation_dtype = machine, activation_dtype
         self._kept: list[Tensor] = []
-        self._norm = self._vector(model.backbone.norm_f.weight)
-        self._eps = model.config.norm_eps
-        if model.config.tie_embeddings:
-            embedding = model.backbone.embeddings.weight
-            self._head = self._dense(embedding, self.activation_dtype)
+        config, embedding = model.config, model.backbone.embeddings.weight
+        if config.tie_embeddings:
+            self._vocabulary = self._dense(embedding, self.activation_dtype)
         else:
-            self._head = self.weight(model.lm_head)
-        self._vocab_size = model.config.vocab_size
+            self._vocabulary = self.weight(model.lm_head)
+        self._vocab_size, self._dim = config.vocab_size, config.hidden_size
         # Weakly, so that a state made for one step goes when the step ends.
         self._state: tuple[weakref.ref[HybridState] | None, Any] = None, None
-        self._backbone = self._program(model.backbone.layers, 0)
-        head = model.mtp.layers if model.config.num_mtp_layers else ()
-        size, first = len(model.config.mtp_layers), model.config.layers.count("attention")
-        self._heads = [
-            self._head_of(list(head)[i : i + size], first) for i in range(0, len(head), size or 1)
-        ]
+        self._model = _library().Model(
+            _FLOAT_FORMATS[embedding.dtype],
+            self._keep(embedding).data_ptr(),
+            *embedding.shape,
+            model.compute_dtype == torch.bfloat16 and embedding.dtype != torch.bfloat16,
+            self._program(model.backbone.layers, 0),
+            self._vector(model.backbone.norm_f.weight),
+            config.norm_eps,
+            self._vocabulary,
+        )
+        head = list(model.mtp.layers) if config.num_mtp_layers else []
+        size, first = len(config.mtp_layers), config.layers.count("attention")
+        for i in range(0, len(head), size or 1):
+            self._model.add_head(self._head_of(head[i : i + size], config.norm_eps, first))
 
     def _program(self, blocks: Iterable[Any], first_attention: int) -> Any:
         """Bind `blocks`; the first attention layer has that place in the state."""
@@ -91,38 +97,65 @@ class NativeModel:
                 indices[block.kind] += 1
         return program
 
-    def backbone(self, x: Tensor, step: Any, state: HybridState) -> Tensor:
-        """Run all layers on the residual stream `x` float32 [T, D], which is mutated."""
-        self._backbone.run(self.machine, x.data_ptr(), step, self._addresses(state))
-        return x
-
-    def _head_of(self, layers: list[Any], first_attention: int) -> Any:
+    def _head_of(self, layers: list[Any], eps: float, first_attention: int) -> Any:
         """Bind the layers of one prediction head."""
         first, last = layers[0], layers[-1]
         return _library().Head(
             self._vector(first.enorm.weight),
             self._vector(first.hnorm.weight),
             self._vector(last.final_layernorm.weight),
-            self._eps,
+            eps,
             self.weight(first.eh_proj),
             self._program(layers, first_attention),
         )
 
-    def predict(
-        self, hidden: Tensor, embedded: Tensor, step: Any, state: HybridState, index: int
-    ) -> Tensor:
-        """Run prediction head `index` on hidden states and next embeddings, float32 [T, D]."""
-        hidden, embedded = hidden.float().contiguous(), embedded.float().contiguous()
-        out = torch.empty_like(hidden)
-        self._heads[index].run(
+    def forward(self, tokens: Tensor, layout: Layout, state: HybridState) -> Tensor:
+        """Return the hidden states after the last norm, float32 [T, D], of `tokens` int64 [T]."""
+        assert tokens.dtype == torch.int64 and tokens.shape[0] == layout.num_tokens
+        out = torch.empty(tokens.shape[0], self._dim, dtype=torch.float32)
+        tokens = tokens.contiguous()
+        self._model.forward(
             self.machine,
-            hidden.data_ptr(),
-            embedded.data_ptr(),
-            step,
+            tokens.data_ptr(),
+            self._step(layout),
             self._addresses(state),
             out.data_ptr(),
         )
         return out
+
+    def predict(
+        self, hidden: Tensor, tokens: Tensor, layout: Layout, state: HybridState, depth: int
+    ) -> Tensor:
+        """Run the prediction head of `depth` on hidden states [T, D] and next tokens int64 [T]."""
+        assert tokens.dtype == torch.int64 and tokens.shape[0] == layout.num_tokens
+        hidden, tokens = hidden.float().contiguous(), tokens.contiguous()
+        out = torch.empty_like(hidden)
+        self._model.predict(
+            self.machine,
+            hidden.data_ptr(),
+            tokens.data_ptr(),
+            self._step(layout),
+            self._addresses(state),
+            depth,
+            out.data_ptr(),
+        )
+        return out
+
+    def draft(self, hidden: Tensor, drafting: Drafting, state: HybridState) -> list[list[int]]:
+        """Do what `HybridModel.draft` says, in one call."""
+        rows, next_tokens, layout, counts, least = drafting
+        assert len(rows) == len(next_tokens) == layout.num_tokens
+        hidden = hidden.float().contiguous()
+        return self._model.draft(
+            self.machine,
+            hidden.data_ptr(),
+            rows,
+            next_tokens,
+            self._step(layout),
+            counts,
+            least,
+            self._addresses(state),
+        )
 
     def _addresses(self, state: HybridState) -> Any:
         known, found = self._state
@@ -134,7 +167,7 @@ class NativeModel:
             self._state = weakref.ref(state), found
         return found
 
-    def step(self, layout: Layout) -> Any:
+    def _step(self, layout: Layout) -> Any:
         """Return `layout`'s integers as the library takes them."""
         assert layout.slot_ids is not None and layout.page_ids is not None
         return _library().Step(
@@ -148,15 +181,9 @@ class NativeModel:
             layout.page_size,
         )
 
-    def norm(self, x: Tensor) -> Tensor:
-        """Return the last norm of `x` float32 [T, D]."""
-        out = torch.empty_like(x)
-        self.machine.norm(self._norm, self._eps, x.data_ptr(), x.shape[0], out.data_ptr())
-        return out
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Project `hidden` float32 [R, D] to float32 logits [R, V]."""
-        return self.product(self._head, hidden, self._vocab_size)
+        return self.product(self._vocabulary, hidden, self._vocab_size)
 
     def pick(self, logits: Tensor) -> list[tuple[int, float, float]]:
         """Return for each row of float32 [R, V] the first largest token, its logit, the log mass.

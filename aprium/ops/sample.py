@@ -103,21 +103,28 @@ def _sample_picked(
     masks: Sequence[bytes | None],
 ) -> list[Choice]:
     """Do as `sample` does, with the largest token and the mass of each row from a kernel."""
-    choices = []
-    for i, (token, peak, log_mass) in enumerate(pick(logits)):
-        chosen, row = params[i], logits[i : i + 1]
-        mask = masks[i] if masks else None
-        allowed = _masked(row, [mask])
-        if chosen.temperature > 0:
-            number = uniform(seeds[i], positions[i])
-            token = int(draw(allowed, [chosen], [number]))
-        elif mask is not None:
-            token = int(allowed.argmax(-1))
-        logprob = float(row[0, token] - peak - log_mass)
-        alternatives: TopLogprobs = {}
-        if chosen.logprobs:
-            alternatives = top_alternatives(row - peak - log_mass, chosen.logprobs)[0]
-        choices.append(Choice(token, logprob, alternatives))
+    picked = pick(logits)
+    # peak - peak is 0, or NaN where the peak is not finite.
+    choices = [Choice(token, peak - peak - log_mass, {}) for token, peak, log_mass in picked]
+    masked = [i for i, mask in enumerate(masks) if mask is not None]
+    allowed = _masked(logits, masks)
+    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+    tokens = {i: int(allowed[i].argmax()) for i in masked if not params[i].temperature}
+    if drawn:
+        numbers = [uniform(seeds[i], positions[i]) for i in drawn]
+        rows = allowed if len(drawn) == len(params) else allowed[drawn]
+        found = draw(rows, [params[i] for i in drawn], numbers)
+        tokens |= zip(drawn, found.tolist(), strict=True)
+    if tokens:
+        norms = torch.tensor([picked[i][1:] for i in tokens])
+        chosen = logits[list(tokens), list(tokens.values())] - norms[:, 0] - norms[:, 1]
+        for i, logprob in zip(tokens, chosen.tolist(), strict=True):
+            choices[i] = Choice(tokens[i], logprob, {})
+    for i, p in enumerate(params):
+        if p.logprobs:
+            _, peak, log_mass = picked[i]
+            alternatives = top_alternatives(logits[i : i + 1] - peak - log_mass, p.logprobs)[0]
+            choices[i] = choices[i]._replace(alternatives=alternatives)
     return choices
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aprium.model.config import ModelConfig
-from aprium.model.layout import Layout
+from aprium.model.layout import Drafting, Layout
 from aprium.model.model import HybridModel, Routing
 from aprium.model.presets import PRESETS
 from aprium.model.state import HybridState
@@ -114,14 +114,22 @@ def test_drafts_equal_prediction_head_over_the_whole_sequence(toy: HybridModel) 
 
     hidden = toy(tokens, layout(length, 0), state)
     sampled = toy.logits(hidden[-1:]).argmax(-1)
-    toy.predict(hidden[:-1], tokens[1:], layout(length - 1, 0), state)
-    steps = [layout(1, length - 1 + i) for i in range(num_drafts)]
-    drafts = toy.draft(hidden[-1:], sampled, steps, state)[0]
+    following = torch.cat((tokens[1:], sampled))
+    drafting = Drafting(range(length), following.tolist(), layout(length, 0), [num_drafts])
+    (drafted,) = toy.draft(hidden, drafting, state)
+    assert len(drafted) == num_drafts
+    drafts = torch.tensor(drafted)
 
-    rows, following = hidden, torch.cat((tokens[1:], sampled))
+    rows, chance = hidden, 1.0
     for i in range(num_drafts):
         out = toy.predict(rows, following, Layout.packed([rows.shape[0]]))
-        assert int(toy.logits(out[-1:]).argmax(-1)) == int(drafts[i])
+        logits = toy.logits(out[-1:])
+        assert int(logits.argmax(-1)) == int(drafts[i])
+        before, chance = chance, chance * float(logits.softmax(-1).max())
+        for least, count in ((before * 0.999, i), (chance * 1.001, i), (chance * 0.999, i + 1)):
+            if least > chance or count > i:
+                drafting = drafting._replace(least=least)
+                assert toy.draft(hidden, drafting, state) == [drafted[:count]]
         rows = torch.cat((rows, out[-1:]))
         following = torch.cat((following, drafts[i : i + 1]))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aprium.base.errors import ConfigError
 from aprium.checkpoint.load import load_checkpoint
 from aprium.model.config import ModelConfig
-from aprium.model.layout import Layout
+from aprium.model.layout import Drafting, Layout
 from aprium.model.model import HybridModel
 from aprium.model.native import bind
 from aprium.model.presets import PRESETS
@@ -146,23 +146,95 @@ def test_drafts_equal_pytorch() -> None:
     model = random_model(config, 4)
     tokens = torch.arange(21)
 
-    def draft() -> list[int]:
+    def draft() -> list[list[int]]:
         state = dirty_state(config)
-
-        def layout(count: int, done: int) -> Layout:
-            return Layout.build(
-                lengths=[count], context=[done], slots=[0], pages=[pages_of(0)], page_size=8
-            )
-
-        hidden = model(tokens, layout(21, 0), state)
-        model.predict(hidden[:-1], tokens[1:], layout(20, 0), state)
-        steps = [layout(1, 20 + i) for i in range(3)]
-        return model.draft(hidden[-1:], torch.tensor([5]), steps, state)[0].tolist()
+        layout = Layout.build(
+            lengths=[21], context=[0], slots=[0], pages=[pages_of(0)], page_size=state.page_size
+        )
+        hidden = model(tokens, layout, state)
+        return model.draft(hidden, Drafting(range(21), [*range(1, 21), 5], layout, [3]), state)
 
     expected = draft()
     for isa in SUPPORTED:
         bind(model, "float32", machine(isa))
         assert draft() == expected
+
+
+@st.composite
+def draftings(draw) -> list[tuple[int, int, int]]:
+    """For each of up to three sequences: tokens read before, now, and drafts wanted."""
+    return draw(
+        st.lists(
+            st.tuples(st.integers(0, 20), st.integers(1, 9), st.integers(0, 4)),
+            min_size=1,
+            max_size=3,
+        )
+    )
+
+
+@pytest.mark.parametrize("heads", ["*E", "E*", "E", "**"])
+@settings(max_examples=12, deadline=None)
+@given(draftings(), st.sampled_from([0.0, 0.02, 0.05, 0.3]), st.integers(0, 1000))
+@torch.inference_mode()
+def test_drafting_in_one_call_is_the_same_as_by_parts(heads, sequences, least, seed) -> None:
+    """The same drafts, and the same bits in the head's pages."""
+    kinds = tuple({"*": "attention", "E": "moe"}[k] for k in heads)
+    config = dataclasses.replace(TOY, mtp_layers=kinds, num_mtp_layers=2)
+    model = random_model(config, 4)
+    lengths = [now for _, now, _ in sequences]
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(sum(lengths) + 3, config.hidden_size, generator=generator) * 3
+    rows = torch.randperm(len(hidden), generator=generator)[: sum(lengths)].tolist()
+    following = torch.randint(0, config.vocab_size, (sum(lengths),), generator=generator).tolist()
+    layout = Layout.build(
+        lengths=lengths,
+        context=[before for before, _, _ in sequences],
+        slots=list(range(len(sequences))),
+        pages=[pages_of(i) for i in range(len(sequences))],
+        page_size=8,
+    )
+    drafting = Drafting(rows, following, layout, [count for _, _, count in sequences], least)
+    for isa in SUPPORTED:
+        bind(model, "float32", machine(isa, 2))
+        found = []
+        for draft in (model.draft, model.draft_by_parts):
+            state = dirty_state(config)
+            for buffer in (*state.keys, *state.values):
+                buffer.fill_(0.5)
+            found.append((draft(hidden, drafting, state), state))
+        (drafts, first), (expected, second) = found
+        assert drafts == expected
+        for mine, theirs in zip(
+            first.keys + first.values, second.keys + second.values, strict=True
+        ):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_embeddings_of_every_format(stored: torch.dtype, computed: torch.dtype) -> None:
+    """As the same values in float32; rounded where the model computes in bfloat16."""
+    hidden = []
+    for exact in (False, True):
+        model = random_model(TOY, 5)
+        weight = model.backbone.embeddings.weight.detach().to(stored)
+        model.backbone.embeddings.weight.data = weight.to(computed).float() if exact else weight
+        model.compute_dtype = torch.float32 if exact else computed
+        bind(model, "float32", machine(SUPPORTED[0]))
+        hidden.append(forward(model, prompts(TOY, [9, 3])))
+        model.native = None
+    assert torch.equal(*hidden)
+
+
+@torch.inference_mode()
+def test_a_token_without_embedding_is_refused() -> None:
+    model = random_model(TOY, 5)
+    for isa in SUPPORTED:
+        bind(model, "float32", machine(isa))
+        for token in (-1, TOY.vocab_size):
+            with pytest.raises(IndexError, match=f"token id {token} has no embedding"):
+                forward(model, [torch.tensor([1, token])])
 
 
 def test_training_stays_in_pytorch() -> None:

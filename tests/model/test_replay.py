@@ -1,5 +1,7 @@
 """Tokens that are taken back leave no trace: held in the ring, replayed when accepted."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,37 +17,30 @@ from tests.model.test_transformers import random_model
 
 LIBRARY = _native.library()
 BACKENDS = ["none", *(LIBRARY.supported() if LIBRARY else ())]
-RING = 6
+RING = 17
+ODD = dataclasses.replace(PRESETS["toy"], ssm_state_size=37, mamba_head_dim=7)
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=[*BACKENDS, *(f"{b} odd" for b in BACKENDS)])
 def toy(request) -> HybridModel:
-    model = random_model(PRESETS["toy"], 0)
-    if request.param != "none":
-        bind(model, "float32", LIBRARY.Machine(request.param, 2))
+    """States of 16 values a row, and of a number that fills no vector."""
+    backend, _, odd = request.param.partition(" ")
+    model = random_model(ODD if odd else PRESETS["toy"], 0)
+    if backend != "none":
+        assert LIBRARY is not None
+        bind(model, "float32", LIBRARY.Machine(backend, 2))
     return model
 
 
 @st.composite
 def histories(draw):
     """For each of up to three sequences: first chunk, then (drafts, accepted) or a plain count."""
-    return [
-        (
-            draw(st.integers(1, 12)),
-            draw(
-                st.lists(
-                    st.integers(1, RING).flatmap(
-                        lambda count: st.tuples(
-                            st.just(count), st.booleans(), st.integers(1, count)
-                        )
-                    ),
-                    min_size=1,
-                    max_size=5,
-                )
-            ),
-        )
-        for _ in range(draw(st.integers(1, 3)))
-    ]
+    most, steps = draw(st.sampled_from([(6, 5), (RING, 3)]))
+    counts = st.integers(1, most).flatmap(
+        lambda count: st.tuples(st.just(count), st.booleans(), st.integers(1, count))
+    )
+    sequence = st.tuples(st.integers(1, 12), st.lists(counts, min_size=1, max_size=steps))
+    return draw(st.lists(sequence, min_size=1, max_size=3))
 
 
 @torch.inference_mode()

@@ -128,6 +128,27 @@ def test_a_mask_is_as_if_there_were_no_other_tokens(params, vocab, seed, random)
         assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(params_strategy, min_size=2, max_size=9),
+    st.integers(0, 1000),
+    st.randoms(use_true_random=False),
+)
+def test_with_a_kernel_a_row_is_the_same_in_any_batch(params, seed, random):
+    count, vocab = len(params), 272
+    logits = rows(count, vocab, seed)
+    found = picked(logits)
+    masks = [bits_of(range(3, 90), vocab) if random.random() < 0.4 else None for _ in params]
+    seeds = [random.getrandbits(62) for _ in range(count)]
+    together = sample(logits, params, seeds, range(count), lambda _: found, masks)
+    for i, choice in enumerate(together):
+        row, one = logits[i : i + 1], found[i : i + 1]
+        (alone,) = sample(row, params[i : i + 1], [seeds[i]], [i], lambda _, o=one: o, [masks[i]])
+        assert alone == choice
+        if not params[i].temperature and masks[i] is None:
+            assert choice.token == one[0][0] and choice.logprob == -one[0][2]
+
+
 def test_a_large_vocabulary_is_also_independent_of_the_batch():
     logits = rows(5, 131072, spread=2.0)
     params = [SamplingParams(temperature=1.0, top_p=p, logprobs=3) for p in (0.5, 0.9, 0.99, 1, 1)]
