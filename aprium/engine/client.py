@@ -59,8 +59,8 @@ class LLM:
         self._owner = Owner(self._engine)
         self.generation_config = checkpoint.generation_config
         self.max_model_len = self._engine.max_model_len
-        self.sessions = Sessions(self._owner, self.config.session_dir)
         self._close = weakref.finalize(self, self._owner.close)
+        self.sessions = _open_sessions(self._owner, self.config)
 
     def encode(
         self,
@@ -274,8 +274,8 @@ class AsyncEngine:
         self.generation_config = checkpoint.generation_config
         self.model_config = checkpoint.config
         self.max_model_len = self._engine.max_model_len
-        self.sessions = Sessions(self._owner, config.session_dir)
         self._close = weakref.finalize(self, self._owner.close)
+        self.sessions = _open_sessions(self._owner, config)
 
     @property
     def failed(self) -> EngineError | None:
@@ -480,6 +480,14 @@ class _Jobs:
         if self.open:
             self._owner.abort(sorted(self.open))
             self.open = set()
+
+
+def _open_sessions(owner: Owner, config: EngineConfig) -> Sessions:
+    try:
+        return Sessions(owner, config.session_dir)
+    except BaseException:
+        owner.close()
+        raise
 
 
 def _text_side(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:

@@ -88,19 +88,20 @@ class Session:
         if isinstance(message, str):
             message = Message(role="user", content=message)
         many = [message] if isinstance(message, Message | Mapping) else message
-        new = [read_message(m) for m in many]
+        new, turn = [read_message(m) for m in many], self._record.turns
         options = {"tools": list(tools), "chat_template_kwargs": dict(chat_template_kwargs or {})}
         prompt = self._llm.encode([*self._record.messages, *new], **options)
         return self._turn(Running(prompt=prompt, params=self._params(params, prompt),
-                                  messages=new, options=options))  # fmt: skip
+                                  messages=new, options=options, turn=turn))  # fmt: skip
 
     def generate(
         self, prompt: str | Sequence[int] = (), params: SamplingParams | None = None
     ) -> Completion:
         """Go on from the exact tokens of the last turn, `prompt` after them, without messages."""
-        new = self._llm.encode(prompt) if prompt else ()
+        new, turn = self._llm.encode(prompt) if prompt else (), self._record.turns
         tokens = (*self._record.tokens, *new)
-        return self._turn(Running(prompt=tokens, params=self._params(params, tokens)))
+        params = self._params(params, tokens)
+        return self._turn(Running(prompt=tokens, params=params, turn=turn))
 
     def resume(self) -> Completion:
         """Finish the turn that was cut off, from where it was; the tokens are those it would have.

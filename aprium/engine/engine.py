@@ -4,6 +4,7 @@
 business; text is not known here. What outlives a request is `engine/sessions`'.
 """
 
+import math
 import random
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ import aprium
 from aprium.base.errors import ConfigError, RequestError
 from aprium.base.log import get_logger
 from aprium.base.memory import available_bytes, total_bytes
-from aprium.base.records import Delta, Request, Timings
+from aprium.base.records import Delta, Request, SamplingParams, Timings
 from aprium.checkpoint.load import Checkpoint, load_checkpoint, update_weights
 from aprium.engine.cache import Cache
 from aprium.engine.config import CACHE_DTYPES, DTYPES, SSM_DTYPES, EngineConfig, EngineStats
@@ -80,6 +81,7 @@ class Engine:
         state = self._make_state()
         bind(model, config.activation_dtype)
         self.weight_version = 0
+        self._fingerprint: str | None = None
         self.store = self._make_store()
         self.runner = Runner(model, state, self.store)
         self.scheduler = self._make_scheduler()
@@ -151,14 +153,17 @@ class Engine:
 
     def fingerprint(self) -> str:
         """Return a name for everything that a state depends on beside its tokens."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         config, model = self.config, self.checkpoint.model
         native = model.native.activation_dtype if model.native else None
-        return fingerprint(
+        self._fingerprint = fingerprint(
             model,
             *(aprium.__version__, _native.isa(), native, str(model.compute_dtype)),
             *(config.kv_cache_dtype, config.mamba_ssm_cache_dtype),
             config.mamba_cache_stochastic_rounding,
         )
+        return self._fingerprint
 
     def close(self) -> None:
         """Write what is kept to disk, where it is to be there."""
@@ -180,9 +185,17 @@ class Engine:
             raise RequestError("the prompt is empty: give at least one token", param="prompt")
         self._check_ids((*tokens, *request.generated), "prompt")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
-        if request.deadline_s is not None and request.deadline_s <= 0:
+        check_salt(request.cache_salt)
+        if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
             raise RequestError(
                 f"deadline_s is {request.deadline_s}: it must be above 0", param="deadline_s"
+            )
+        limit = room_for(params, self.max_model_len - len(tokens))
+        if request.generated and len(request.generated) >= limit:
+            raise RequestError(
+                f"{len(request.generated)} tokens were generated already: of at most {limit} there "
+                "are none left",
+                param="max_tokens",
             )
         if request.pooling is not None and params.max_tokens != 0:
             raise RequestError(
@@ -303,9 +316,13 @@ class Engine:
         self.runner.rebind()
         if recompute:
             self.scheduler.restart()
-        prefixes.forget(stored=False)
+        for sequence in self.scheduler.running:
+            sequence.stale = True
+        prefixes.forget()  # files too: whoever updates weights does so again and again
+        self._fingerprint = None
         if self.store is not None:
             self.store.reset(self._store_directory())
+            prefixes.adopt_stored()
         self.weight_version += 1
         return self.weight_version
 
@@ -314,7 +331,7 @@ class Engine:
         prefixes = self.scheduler.prefixes
         assert prefixes is not None
         node = prefixes.find((*tokens, -1), salt).node if tokens else None
-        prefixes.hold(node, before)
+        prefixes.hold_for_session(node, before)
         return node
 
     def export_state(
@@ -324,14 +341,15 @@ class Engine:
         prefixes = self.scheduler.prefixes
         assert prefixes is not None
         self.runner.apply(prefixes.drain())
-        match = prefixes.find((*tokens, -1), salt)
-        node = match.node
+        node = prefixes.find((*tokens, -1), salt).node
         if node is None:
             return None
         if node.slot is not None:
             tensors = self.runner.state.export(node.slot, node.pages, 0, node.length)
+        elif (parts := prefixes.load(node)) is not None:
+            tensors = join(parts)
         else:
-            tensors = join(match.parts)
+            return None
         known = tuple(tokens[: node.length])
         return Meta("", None, salt, node.length, known, node.reads_ahead), tensors
 
@@ -357,8 +375,9 @@ class Engine:
         """
         sequences = self.scheduler.sequences.values()
         if request_id is not None:
-            name = f"{request_id}-"
-            sequences = [s for s in sequences if s.id == request_id or s.id.startswith(name)]
+            # A caller's name is followed by two numbers, see `engine/client`.
+            names = {request_id}
+            sequences = [s for s in sequences if names & {s.id, s.id.rsplit("-", 2)[0]}]
         return sum(s.guide.finish_thinking() for s in sequences if s.guide is not None)
 
     def step(self) -> list[Delta]:
@@ -551,6 +570,24 @@ def _budget(config: EngineConfig, checkpoint: Checkpoint, ring_size: int) -> Bud
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:
     return sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
+
+
+def check_salt(salt: str) -> None:
+    """Raise RequestError unless `salt` is a text of at most 256 bytes."""
+    try:
+        size = len(salt.encode())
+    except (AttributeError, UnicodeEncodeError):
+        size = 257
+    if size > 256:
+        raise RequestError(
+            f"cache_salt is {str(salt)[:40]!r}: it must be text of at most 256 bytes",
+            param="cache_salt",
+        )
+
+
+def room_for(params: SamplingParams, room: int) -> int:
+    """Return the most tokens that may be generated where the context leaves `room`."""
+    return room if params.max_tokens is None else min(params.max_tokens, room)
 
 
 def load(config: EngineConfig) -> Checkpoint:

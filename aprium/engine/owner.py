@@ -5,6 +5,7 @@ condition while there is nothing to do. An unexpected exception fails every requ
 and stops the thread: a half-updated state must not serve anybody.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -101,6 +102,8 @@ class Owner:
             get_logger("engine").exception("the engine has failed")
             cause = EngineError(f"the engine has failed: {type(error).__name__}: {error}")
             cause.__cause__ = error
+            with contextlib.suppress(Exception):  # what is to be written may still be whole
+                self.engine.close()
         with self._changed:
             if cause.__cause__ is not None:
                 self.failed = cause
@@ -108,11 +111,11 @@ class Owner:
             waiting = [order[1] for order in orders if type(order) is tuple]
             sinks = dict.fromkeys([*self._sinks.values(), *waiting])
             self._sinks = {}
-        for order in orders:
-            if isinstance(order, _Call):
-                order.future.set_exception(cause)
         for sink in sinks:
             sink(cause)
+        for order in orders:
+            if isinstance(order, _Call) and order.future.set_running_or_notify_cancel():
+                order.future.set_exception(cause)
 
     def _take_orders(self) -> bool:
         """Sleep until there is something to do, carry out orders; False when it is time to stop."""

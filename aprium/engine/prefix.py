@@ -31,6 +31,9 @@ SCORED = "every position of the prompt was asked for"
 SALT = "an earlier prompt with another salt began like this"
 
 
+_ALIKE, _MOST_ROOTS = 8, 64  # tokens in common that are no chance; trees that are looked at
+
+
 class CopySlot(NamedTuple):
     """Copy a recurrent state from one slot to another."""
 
@@ -117,23 +120,21 @@ class Store(Protocol):
 class Match(NamedTuple):
     """How much of a prompt is known: tokens, the node, and why it is not more.
 
-    `common` tokens are those of an earlier prompt, snapshot or not. `parts` are what to load where
-    the node has no slot.
+    `common` tokens are those of an earlier prompt, snapshot or not.
     """
 
     length: int
     node: "Node | None"
     why: str
     common: int = 0
-    parts: Any = None
 
 
 @dataclass(eq=False, slots=True)
 class Node:
     """A prefix of `length` tokens; `edge` are its last ones, after the parent's.
 
-    `live` counts the sequences and sessions that came from it. `key` names it in the store. It is
-    `transient` where it only serves to resume one answer, until the next one of that is taken.
+    `live` counts the sequences that came from it, `held` the sessions. `key` names it in the store.
+    It is `transient` where it only serves to resume one answer, until the next of that is taken.
     """
 
     edge: tuple[int, ...]
@@ -148,6 +149,7 @@ class Node:
     reads_ahead: bool = False  # the prediction head has read the whole prefix
     used: int = 0
     live: int = 0
+    held: int = 0
     key: str = ""
     transient: bool = False
 
@@ -165,8 +167,12 @@ class PrefixCache:
         self.num_restored = 0  # snapshots loaded from the store
         self.misses: Counter[str] = Counter()  # of admissions, by why no more was reused
         self._changes = 0
+        self.adopt_stored()
+
+    def adopt_stored(self) -> None:
+        """Make nodes of what the store found when it was opened."""
         adopted: dict[str, Node] = {}
-        for meta in store.entries() if store else ():
+        for meta in self._store.entries() if self._store else ():
             self._adopt(meta, adopted)
 
     @property
@@ -177,34 +183,28 @@ class PrefixCache:
     def find(self, tokens: Sequence[int], salt: str) -> Match:
         """Return the longest prefix of `tokens`, at least one shorter, that has a snapshot."""
         root = self._roots.get(salt)
-        path = _Path(0, [])
-        best: Node | None = None
-        parts = None
-        if root is not None:
-            path = _walk(root, tokens)
-            best, parts = self._usable(path)
+        path = _walk(root, tokens) if root is not None else _Path(0, [])
+        best = next((node for node in reversed(path.nodes) if self._is_usable(node)), None)
         length = best.length if best else 0
         if best is not None:
             best.used = next(self._clock)
             if self._store is not None and best.key:
                 self._store.touch(best.key)
         why = self._reason(tokens, salt, path, length)
-        return Match(length, best, why, path.known, parts)
+        return Match(length, best, why, path.known)
 
-    def _usable(self, path: "_Path") -> tuple[Node | None, Any]:
-        """Return the deepest node of `path` with a snapshot, and what to load where it is stored.
+    def _is_usable(self, node: Node) -> bool:
+        """Whether the state after `node` is in a slot or in the store."""
+        if node.slot is not None:
+            return True
+        return self._store is not None and bool(node.key) and self._store.has(node.key)
 
-        Stored ones that turn out damaged are passed over.
-        """
-        for node in reversed(path.nodes):
-            if node.slot is not None:
-                return node, None
-            if self._store is not None and node.key and self._store.has(node.key):
-                parts = self._store.fetch(node.key)
-                if parts is not None:
-                    return node, parts
-                node.damaged = True
-        return None, None
+    def load(self, node: Node) -> Any:
+        """Return what a `Load` of `node` takes; None where it turns out damaged."""
+        assert self._store is not None
+        parts = self._store.fetch(node.key)
+        node.damaged = parts is None
+        return parts
 
     def _reason(self, tokens: Sequence[int], salt: str, path: "_Path", length: int) -> str:
         """Say why no more than `length` tokens of those on `path` can be had."""
@@ -219,8 +219,10 @@ class PrefixCache:
             return NO_SNAPSHOT
         if path.known:
             return DIVERGED
-        others = (root for key, root in self._roots.items() if key != salt)
-        return SALT if any(_walk(root, tokens).known for root in others) else FIRST_TIME
+        others = itertools.islice(self._roots.items(), _MOST_ROOTS)
+        enough = min(len(tokens) - 1, _ALIKE)
+        alike = any(_walk(root, tokens).known >= enough for key, root in others if key != salt)
+        return SALT if alike and enough else FIRST_TIME
 
     def take(
         self,
@@ -240,7 +242,7 @@ class PrefixCache:
         """
         node = self._insert(tokens, salt)
         node.used = next(self._clock)
-        node.transient = transient
+        node.transient = transient and (node.transient or not self._is_usable(node))
         if node.slot is not None:
             return node
         full, rest = divmod(len(tokens), self._cache.page_size)
@@ -295,7 +297,7 @@ class PrefixCache:
         pages: tuple[int, ...],
     ) -> None:
         """Ask for a copy of `node` in the store, unless it is there."""
-        if self._store is None or (node.key and self._store.has(node.key)):
+        if self._store is None or (node.key and self._is_saved(node.key)):
             return
         node.key = node.key or _key(tokens, salt)
         above = node.parent
@@ -315,31 +317,40 @@ class PrefixCache:
         waiting = (op.meta.key for op in self._operations if isinstance(op, Save))
         return self._store.has(key) or key in waiting
 
-    def use(self, match: Match, slot: int, pages: tuple[int, ...]) -> None:
-        """Ask for what puts the node of `match` into `slot`, and its KV into `pages`.
+    def use(self, node: Node, slot: int, pages: tuple[int, ...]) -> bool:
+        """Ask for what puts `node` into `slot`, and its KV into `pages`; False if it is damaged.
 
         Of a node in a slot, full pages are shared already and only the partly filled one is copied.
         """
-        node = match.node
-        assert node is not None
+        if node.slot is None:
+            parts = self.load(node)
+            if parts is None:
+                return False
+            self.num_restored += 1
+            self._operations.append(Load(parts, slot, pages))
+        else:
+            self._operations.append(CopySlot(node.slot, slot))
+            full, rest = divmod(node.length, self._cache.page_size)
+            if rest:
+                self._operations.append(CopyPage(node.pages[full], pages[full]))
         self.hold(node)
         self.num_reused += node.length
-        if node.slot is None:
-            self.num_restored += 1
-            self._operations.append(Load(match.parts, slot, pages))
-            return
-        self._operations.append(CopySlot(node.slot, slot))
-        full, rest = divmod(node.length, self._cache.page_size)
-        if rest:
-            self._operations.append(CopyPage(node.pages[full], pages[full]))
+        return True
+
+    def hold_for_session(self, node: Node | None, before: Node | None) -> None:
+        """Count a session as come from `node`, rather than from `before`."""
+        if node is not None:
+            node.held += 1
+        if before is not None:
+            before.held -= 1
 
     def hold(self, node: Node | None, before: Node | None = None) -> None:
-        """Count a sequence or session as come from `node`, rather than from `before`."""
+        """Count a sequence as come from `node`, rather than from `before`."""
         if node is not None:
             node.live += 1
         if before is not None:
             before.live -= 1
-            if before.transient and not before.live:
+            if before.transient and not before.live and not before.held:
                 if before.slot is not None:
                     self._free(before)
                 if before.key:  # after its successor is saved
@@ -374,8 +385,8 @@ class PrefixCache:
     ) -> bool:
         """Give up the least recently used snapshot other than `keep`; False if there is none.
 
-        One that a live sequence came from goes last, and with `live` False not at all, unless it
-        is `before` and no other came from it.
+        Those that sessions hold go after others; one that a live sequence came from goes last, and
+        with `live` False not at all, unless it is `before` and no other came from it.
         """
         candidates = [
             node
@@ -384,7 +395,7 @@ class PrefixCache:
         ]
         if not candidates:
             return False
-        node = min(candidates, key=lambda n: (n.live > 0, n.used))
+        node = min(candidates, key=lambda n: (n.live > 0, n.held > 0, n.used))
         self._free(node)
         self._changed()
         return True
@@ -424,24 +435,24 @@ class PrefixCache:
 
     def _adopt(self, meta: Meta, adopted: dict[str, Node]) -> None:
         """Make the node of a snapshot that an earlier process stored, after that of its parent."""
-        above = adopted[meta.parent] if meta.parent is not None else None
-        edges = [meta.edge]
-        while above is not None:
-            edges.append(above.edge)
-            above = above.parent
-        tokens = [token for edge in reversed(edges) for token in edge]
-        node = self._insert(tokens, meta.salt)
+        above = adopted.get(meta.parent) if meta.parent is not None else None
+        if meta.parent is None:
+            node = self._insert(meta.edge, meta.salt)
+        elif above is not None:
+            node = self._insert(meta.edge, meta.salt, above)
+        else:
+            return
         node.key, node.reads_ahead = meta.key, meta.reads_ahead
         adopted[meta.key] = node
 
-    def _insert(self, tokens: Sequence[int], salt: str) -> Node:
-        """Return the node of exactly `tokens`, made if need be."""
-        node = self._roots.setdefault(salt, Node((), None, 0))
-        known = 0
+    def _insert(self, tokens: Sequence[int], salt: str, above: Node | None = None) -> Node:
+        """Return the node of exactly `tokens`, after those of `above`, made if need be."""
+        node = above or self._roots.setdefault(salt, Node((), None, 0))
+        known, end = 0, node.length + len(tokens)
         while known < len(tokens):
             child = node.children.get(tokens[known])
             if child is None:
-                child = Node(tuple(tokens[known:]), node, len(tokens))
+                child = Node(tuple(tokens[known:]), node, end)
                 node.children[tokens[known]] = child
                 return child
             same = _common(child.edge, tokens, known)
@@ -472,6 +483,8 @@ class PrefixCache:
         for node in sorted(leaves, key=lambda n: n.used)[: -2 * self._most]:
             assert node.parent is not None
             del node.parent.children[node.edge[0]]
+        for salt in [salt for salt, root in self._roots.items() if not root.children]:
+            del self._roots[salt]
 
 
 class _Path(NamedTuple):
@@ -500,7 +513,8 @@ def _walk(root: Node, tokens: Sequence[int]) -> _Path:
 
 def _key(tokens: Sequence[int], salt: str) -> str:
     """Name the prefix `tokens` of prompts with `salt`."""
-    digest = blake2b(salt.encode(), digest_size=16)
+    name = salt.encode()
+    digest = blake2b(len(name).to_bytes(8, "little") + name, digest_size=16)
     digest.update(array("I", tokens).tobytes())
     return digest.hexdigest()
 

@@ -31,8 +31,9 @@ class LiveSequence:
     `why_not_more` says why no more. It goes before others by `priority` (lowest first), and shares
     the engine fairly with other `share`s; `number` is its place in the order of arrival, `ticket`
     in that of first admission. It waits until `follows` has read the prompt they have in common.
-    `pooling` makes a vector of the hidden states of the prompt. A `guide` says what may be
-    generated next, and has taken what was; `reason` says why a sequence was given up.
+    Its state is `stale` where older weights made it, and not kept then. `pooling` makes a vector of
+    the hidden states of the prompt. A `guide` says what may be generated next, and has taken what
+    was; `reason` says why a sequence was given up.
     Times are in seconds of the engine's clock, None until the moment has come; `deadline_s` is when
     it is given up.
     """
@@ -62,6 +63,7 @@ class LiveSequence:
     guide: SequenceGuide | None = None
     snapshot_points: frozenset[int] = frozenset()
     keep_every: int = 0
+    stale: bool = False
     pooling: Literal["last", "mean"] | None = None
     node: Node | None = None
     priority: int = 0

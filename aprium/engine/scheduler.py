@@ -152,6 +152,8 @@ class Scheduler:
         if sequence is None:
             return None
         sequence.finish = finish
+        if sequence.keep_every and sequence.node is not None:
+            sequence.node.transient = False  # it can be resumed
         if sequence.status == "running":
             self.running.remove(sequence)
         elif sequence in (held := self._followers.get(sequence.follows or "", [])):
@@ -274,7 +276,7 @@ class Scheduler:
     def _preempt(self, victim: LiveSequence, keep: bool = True) -> None:
         """Put `victim` back, with `keep` its state to the store."""
         self.running.remove(victim)
-        if keep and self.prefixes is not None:
+        if keep and self.prefixes is not None and not victim.stale:
             done = victim.num_settled
             assert victim.slot is not None
             self.prefixes.swap_out(
@@ -378,20 +380,23 @@ class Scheduler:
             return False
         prefixes = self.prefixes
         sequence.slot, sequence.pages = granted
+        if match is not None and match.node is not None:
+            assert prefixes is not None
+            if not prefixes.use(match.node, sequence.slot, sequence.pages):
+                self.cache.release(sequence.id)  # it is damaged: look again
+                sequence.slot, sequence.pages = None, ()
+                return self._enter(sequence)
+            sequence.node = match.node
+            sequence.num_computed = match.length
+            sequence.head_start = 0 if match.node.reads_ahead else None
         self.waiting.start(sequence)
         if sequence.ticket is None:
             sequence.ticket = next(self._tickets)
             sequence.reused = match.length if match else 0
             if prefixes is not None and sequence.why_not_more is not None:
                 prefixes.misses[sequence.why_not_more] += 1
-        sequence.status = "running"
+        sequence.status, sequence.stale = "running", False
         bisect.insort(self.running, sequence, key=lambda s: s.rank)
-        if match is not None and match.node is not None:
-            assert prefixes is not None
-            prefixes.use(match, sequence.slot, sequence.pages)
-            sequence.node = match.node
-            sequence.num_computed = match.length
-            sequence.head_start = 0 if match.node.reads_ahead else None
         return True
 
     def _claim(
@@ -439,15 +444,17 @@ class Scheduler:
     def _snapshot(self, sequence: LiveSequence) -> None:
         """Keep the state that the step just booked left in the slot, where that is wanted."""
         done = sequence.num_settled
-        if self.prefixes is None:
+        if self.prefixes is None or sequence.stale:
             return
         wanted = done in sequence.snapshot_points
         if not sequence.private and done > sequence.num_prompt:
-            last = max(sequence.node.length if sequence.node else 0, sequence.num_prompt)
-            kept = sequence.keep_every
+            node, kept = sequence.node, sequence.keep_every
+            last = max(node.length if node else 0, sequence.num_prompt)
             wanted = bool(kept) and done >= last + kept
-            wanted = wanted or (sequence.finish is not None and done >= last + SPACING)
-        if not wanted or (sequence.node is not None and sequence.node.length >= done):
+            if sequence.finish is not None:
+                lasting = node is not None and not node.transient
+                wanted = done >= (last if lasting else sequence.num_prompt) + SPACING
+        if not wanted or (sequence.node is not None and sequence.node.length > done):
             return
         assert sequence.slot is not None
         node = self.prefixes.take(

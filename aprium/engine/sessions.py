@@ -25,7 +25,7 @@ from typing import Any
 from aprium.base.config import from_dict
 from aprium.base.errors import ConfigError, SessionError
 from aprium.base.records import Completion, Message, SamplingParams
-from aprium.engine.engine import Engine
+from aprium.engine.engine import Engine, check_salt
 from aprium.engine.owner import Owner
 from aprium.engine.prefix import Node
 from aprium.engine.store import pack, unpack
@@ -34,6 +34,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGEST_BYTES = 32
 _FORMAT = 1
 NOTE_EVERY = 64  # generated tokens between two notes of a running turn
+KEEP_EVERY = 256  # and between two snapshots of its state, which are larger
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,7 @@ class Running:
     """A turn that has begun: what was asked, and what was said so far.
 
     `messages` are the new ones; `options` what else the prompt was made of (tools, switches).
+    `turn` is the number of turns before it.
     """
 
     prompt: tuple[int, ...]
@@ -49,19 +51,23 @@ class Running:
     options: dict[str, Any] = field(default_factory=dict)
     generated: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    turn: int = 0
 
 
 @dataclass(kw_only=True)
 class SessionRecord:
-    """What a session is; `tokens` are prompt and answer of its last turn.
+    """What a session is; `tokens` are prompt and answer of its last turn, one of `turns`.
 
-    `running` is a turn that was cut off, or is under way while `busy`.
+    Only its `owner` may have it (a server's client; empty: anybody). `running` is a turn that was
+    cut off, or is under way while `busy`.
     """
 
     id: str
     cache_salt: str = ""
+    owner: str = ""
     messages: list[Message] = field(default_factory=list)
     tokens: tuple[int, ...] = ()
+    turns: int = 0
     created: int = 0
     parent: str | None = None
     running: Running | None = None
@@ -90,30 +96,38 @@ class Sessions:
                 raise ConfigError(f"session_dir {directory} cannot be used: {error}") from error
             for path in paths:
                 record = _read_record(path)
-                record.running = _read_running(self._running_path(record.id))
+                running = _read_running(self._running_path(record.id))
+                if running is not None and running.turn >= record.turns:  # not one that ended
+                    record.running = running
                 self._records[record.id] = record
 
     @property
     def keep_every(self) -> int:
         """Generated tokens between two snapshots of a running turn; 0 where nothing outlives it."""
-        return 0 if self._directory is None else NOTE_EVERY
+        return 0 if self._directory is None else KEEP_EVERY
 
     def create(
-        self, id: str | None = None, messages: Sequence[Message] = (), cache_salt: str = ""
+        self,
+        id: str | None = None,
+        messages: Sequence[Message] = (),
+        cache_salt: str = "",
+        owner: str = "",
     ) -> SessionRecord:
         """Begin a session, which may have `messages` already."""
+        check_salt(cache_salt)
         record = SessionRecord(
             id=id or uuid.uuid4().hex,
             cache_salt=cache_salt,
+            owner=owner,
             messages=list(messages),
             created=int(time.time()),
         )
         return self._add(record)
 
-    def get(self, id: str) -> SessionRecord:
-        """Return the session `id`; raises SessionError where there is none."""
+    def get(self, id: str, owner: str | None = None) -> SessionRecord:
+        """Return the session `id`; raises SessionError where `owner` (None: anybody) has none."""
         record = self._records.get(id)
-        if record is None:
+        if record is None or owner not in (None, record.owner):
             raise SessionError(f"there is no session {id!r}: create it first", "unknown")
         return record
 
@@ -132,8 +146,10 @@ class Sessions:
         record = SessionRecord(
             id=new_id or uuid.uuid4().hex,
             cache_salt=source.cache_salt,
+            owner=source.owner,
             messages=list(source.messages),
             tokens=source.tokens,
+            turns=source.turns,
             created=int(time.time()),
             parent=id,
         )
@@ -158,15 +174,17 @@ class Sessions:
         with self._lock:
             record = self.get(id)
             self.check_idle(record)
+            if running.turn != record.turns:
+                raise SessionError(f"session {id!r} has moved on: ask again", "busy")
+            before = record.running
             record.busy, record.running = True, running
         self._noted[id] = len(running.generated)
-        if self._directory is not None:
-            data = dataclasses.asdict(running) | {"generated": (), "logprobs": ()}
-            lines = [data]
-            if running.generated:
-                lines.append({"tokens": running.generated, "logprobs": running.logprobs})
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            _write(self._running_path(id), text.encode())
+        try:
+            if self._directory is not None:
+                _write(self._running_path(id), _running_text(running).encode())
+        except OSError as error:
+            record.running, record.busy = before, False
+            raise SessionError(f"session {id!r} cannot be written: {error}", "file") from error
         return record
 
     def note(self, record: SessionRecord, completion: Completion) -> None:
@@ -175,6 +193,9 @@ class Sessions:
         if self._directory is None or len(completion.tokens) - before < NOTE_EVERY:
             return
         line = {"tokens": completion.tokens[before:], "logprobs": completion.logprobs[before:]}
+        if record.running is not None:
+            record.running.generated = completion.tokens
+            record.running.logprobs = completion.logprobs
         with self._running_path(record.id).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._noted[record.id] = len(completion.tokens)
@@ -184,17 +205,19 @@ class Sessions:
     ) -> None:
         """End a turn with what it came to; None leaves it cut off, to be resumed or not."""
         running = record.running
-        assert running is not None
         self._noted.pop(record.id, None)
-        if completion is not None:
-            record.tokens = (*running.prompt, *completion.tokens)
-            record.messages += [*running.messages, *([answer] if answer else ())]
-            record.running = None
-            self._hold(record)
-            if self._directory is not None:
-                self.save(record.id)
-                self._running_path(record.id).unlink(missing_ok=True)
-        record.busy = False
+        try:
+            if completion is not None and running is not None:
+                record.tokens = (*running.prompt, *completion.tokens)
+                record.messages += [*running.messages, *([answer] if answer else ())]
+                record.turns += 1
+                record.running = None
+                self._hold(record)
+                if self._directory is not None:
+                    self.save(record.id)
+                    self._running_path(record.id).unlink(missing_ok=True)
+        finally:
+            record.busy = False
 
     def save(self, id: str, path: Path | None = None) -> Path:
         """Write a session down: to `path` in one file with its state, else to the directory.
@@ -212,6 +235,7 @@ class Sessions:
             "format": _FORMAT, "id": id, "cache_salt": record.cache_salt,
             "messages": [dataclasses.asdict(m) for m in record.messages],
             "tokens": record.tokens, "created": record.created, "parent": record.parent,
+            "owner": record.owner, "turns": record.turns,
         }  # fmt: skip
         target = self._path(id) if path is None else path
         try:
@@ -240,11 +264,14 @@ class Sessions:
         line, _, state = body.partition(b"\n")
         if blake2b(body, digest_size=_DIGEST_BYTES).digest() != digest:
             raise SessionError(f"{path} is damaged, or not a saved session", "file")
-        header = json.loads(line)
-        record = _record(header)
+        try:
+            header = json.loads(line)
+            record, name = _record(header), header["fingerprint"]
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
+            raise SessionError(f"{path} is not a saved session: {error!r}", "file") from error
         record.id = id or record.id
+        self._owner.call(lambda engine: _import(engine, name, state)).result()
         self._add(record)
-        self._owner.call(lambda engine: _import(engine, header["fingerprint"], state)).result()
         self._hold(record)
         return record
 
@@ -258,8 +285,12 @@ class Sessions:
             if record.id in self._records:
                 raise SessionError(f"there is a session {record.id!r} already", "busy")
             self._records[record.id] = record
-        if self._directory is not None:
-            self.save(record.id)
+        try:
+            if self._directory is not None:
+                self.save(record.id)
+        except SessionError:
+            del self._records[record.id]
+            raise
         return record
 
     def _hold(self, record: SessionRecord) -> None:
@@ -302,7 +333,19 @@ def _record(header: Mapping[str, Any]) -> SessionRecord:
         tokens=tuple(header["tokens"]),
         created=header["created"],
         parent=header["parent"],
+        owner=header["owner"],
+        turns=header["turns"],
     )
+
+
+def _running_text(running: Running) -> str:
+    """Return what is noted of a turn that begins; the tokens lie outside of it, being many."""
+    fixed = dataclasses.replace(running, prompt=(), generated=(), logprobs=())
+    head = dataclasses.asdict(fixed) | {"prompt": running.prompt}
+    lines = [head]
+    if running.generated:
+        lines.append({"tokens": running.generated, "logprobs": running.logprobs})
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _read_record(path: Path) -> SessionRecord:
@@ -333,8 +376,7 @@ def _read_running(path: Path) -> Running | None:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file that is either there whole or not at all, for its owner alone."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     partial.touch(mode=0o600)
     partial.write_bytes(data)
     partial.replace(path)

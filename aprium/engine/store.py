@@ -14,6 +14,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,6 @@ from aprium.model.model import HybridModel
 
 _DIGEST_BYTES = 32
 _SUFFIX = ".snapshot"
-_SAMPLES, _SAMPLE_BYTES = 16, 4096  # of each tensor, for the fingerprint
 _PER_TOKEN = ("keys", "values")
 _WAITING = 8  # snapshots that may wait to be written
 _logger = get_logger("engine")
@@ -120,11 +120,15 @@ class SnapshotStore:
     def reset(self, directory: Path | None) -> None:
         """Forget everything in memory, and go on in another `directory`: the weights changed."""
         self.close()
-        for table in (self._ram, self._disk, self._metas, self._children):
+        for table in (self._ram, self._disk, self._metas, self._children, self._unwritten):
             table.clear()
         self.ram_used = self.disk_used = 0
+        self._directory = None
         if directory is not None:
-            self.open(directory)
+            try:
+                self.open(directory)
+            except ConfigError as error:
+                _logger.error("snapshots are no longer kept on disk: %s", error)
 
     def close(self) -> None:
         """Wait until what was put is written."""
@@ -145,7 +149,7 @@ class SnapshotStore:
     def touch(self, key: str) -> None:
         """Count `key`, and what it needs, as used now; the longest counts as the oldest of them."""
         path: str | None = key
-        while path is not None:
+        while path is not None and path in self._metas:
             if path in self._ram:
                 self._ram.move_to_end(path)
             if path in self._disk:
@@ -156,7 +160,7 @@ class SnapshotStore:
 
     def put(self, meta: Meta, tensors: Tensors) -> None:
         """Keep a snapshot; what it builds on must be there. Waits where the disk is slow."""
-        if meta.parent is not None and meta.parent not in self._metas:
+        if meta.key in self._metas or (meta.parent is not None and meta.parent not in self._metas):
             return
         size = _size(tensors)
         if self._directory is None and size > self.ram_bytes:
@@ -197,19 +201,21 @@ class SnapshotStore:
 
     def drop(self, key: str) -> None:
         """Give up `key` and everything that builds on it."""
-        for child in [*self._children.pop(key, ())]:
-            self.drop(child)
-        meta = self._metas.pop(key, None)
-        if meta is not None and meta.parent in self._children:
-            self._children[meta.parent].discard(key)
-        if key in self._ram:
-            self.ram_used -= _size(self._ram.pop(key))
-        if key in self._disk:
-            self.disk_used -= self._disk.pop(key)
-            if self._writer is not None:  # after what is to be written before
-                self._queue.put((self._path(key), None, {}))
-            else:
-                self._path(key).unlink(missing_ok=True)
+        waiting = [key]
+        while waiting:
+            key = waiting.pop()
+            waiting += self._children.pop(key, ())
+            meta = self._metas.pop(key, None)
+            if meta is not None and meta.parent in self._children:
+                self._children[meta.parent].discard(key)
+            if key in self._ram:
+                self.ram_used -= _size(self._ram.pop(key))
+            if key in self._disk:
+                self.disk_used -= self._disk.pop(key)
+                if self._writer is not None:  # after what is to be written before
+                    self._queue.put((self._path(key), None, {}))
+                else:
+                    self._path(key).unlink(missing_ok=True)
 
     def _note(self, meta: Meta) -> None:
         self._metas[meta.key] = meta
@@ -265,8 +271,8 @@ class SnapshotStore:
                 with open(partial, "wb", opener=_private) as file:
                     file.write(pack(meta, tensors))
                 partial.replace(path)
-            except OSError as error:
-                _logger.warning("%s cannot be written, and is not kept: %s", path, error)
+            except Exception as error:  # of whatever kind: the thread has to go on
+                _logger.warning("%s cannot be written, and is not kept: %r", path, error)
                 with contextlib.suppress(OSError):
                     partial.unlink(missing_ok=True)
                 self._unwritten.pop(path.stem, None)
@@ -277,33 +283,28 @@ class SnapshotStore:
 
 
 def fingerprint(model: HybridModel, *settings: object) -> str:
-    """Return a name for `model`'s weights and the `settings` that its numbers depend on.
-
-    Hashes names, shapes, small tensors whole, and of large ones stretches all over.
-    """
-    digest = blake2b(repr((repr(model.config), settings)).encode(), digest_size=16)
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        data = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
-        last = max(data.numel() - _SAMPLE_BYTES, 0)
-        whole = data.numel() <= _SAMPLES * _SAMPLE_BYTES
-        starts = [0] if whole else [last * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
-        for start in starts:
-            end = None if whole else start + _SAMPLE_BYTES
-            digest.update(data[start:end].numpy().tobytes())
+    """Return a name for all bytes of `model`'s weights, and `settings` its numbers depend on."""
+    tensors = [(name, p.detach()) for name, p in sorted(model.named_parameters())]
     for name, module in model.named_modules():  # experts of mapped files
         for leaf, parts in module.parts.items() if isinstance(module, Matrix) else ():
-            digest.update(f"{name}.{leaf}".encode())
-            for part in parts:
-                data = part.reshape(-1)[:_SAMPLE_BYTES].view(torch.uint8)
-                digest.update(data[:_SAMPLE_BYTES].numpy().tobytes())
+            tensors += [(f"{name}.{leaf}.{i}", part) for i, part in enumerate(parts)]
+    digest = blake2b(repr((repr(model.config), settings)).encode(), digest_size=16)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for (name, tensor), found in zip(tensors, pool.map(_digest, tensors), strict=True):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + found)
     return digest.hexdigest()
+
+
+def _digest(named: tuple[str, Tensor]) -> bytes:
+    data = named[1].contiguous().reshape(-1).view(torch.uint8)
+    view = memoryview(data.numpy())  # pyright: ignore[reportArgumentType] - an array is a buffer
+    return blake2b(view, digest_size=16).digest()
 
 
 def _rooted(meta: Meta, found: dict[str, tuple[Meta, int]]) -> bool:
     """Whether everything that `meta` builds on was found, in the lengths that it counts on."""
     while meta.parent is not None:
-        if meta.parent not in found or found[meta.parent][0].length != meta.start:
+        if not meta.edge or meta.parent not in found or found[meta.parent][0].length != meta.start:
             return False
         meta = found[meta.parent][0]
     return meta.start == 0

@@ -168,3 +168,32 @@ def test_weights_of_mapped_files_are_not_replaced():
     engine = engine_of(load_checkpoint(PICO_DIR, load="mmap"))
     with pytest.raises(CheckpointError, match="load 'memory'"):
         engine.update_weights({})
+
+
+@pytest.mark.parametrize("salt", ["\ud800", "x" * 300, None])
+def test_a_salt_that_is_no_text_is_refused(llm, salt):
+    with pytest.raises(RequestError, match="256 bytes"):
+        llm.generate([TOKENS], GREEDY, cache_salt=salt)
+    assert llm.generate([TOKENS], GREEDY)[0].finish == "length"
+
+
+def test_what_was_generated_must_leave_room(pico):
+    engine = engine_of(pico)
+    with pytest.raises(RequestError, match="none left"):
+        engine.add(Request(id="a", tokens=TOKENS, params=GREEDY, generated=TOKENS[:20]))
+
+
+def test_only_the_continuations_of_a_request_are_told_to_finish(pico):
+    engine = engine_of(pico)
+    told = []
+
+    class Told:
+        def finish_thinking(self):
+            told.append(1)
+            return True
+
+    for id in ("chat-a-0-0", "chat-a-0-1", "chat-b-1-0"):
+        engine.add(Request(id=id, tokens=TOKENS, params=GREEDY))
+        engine.scheduler.sequences[id].guide = Told()
+    assert engine.finish_thinking("chat") == 0
+    assert engine.finish_thinking("chat-a") == 2 and engine.finish_thinking("chat-b-1-0") == 1

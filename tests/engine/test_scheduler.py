@@ -72,7 +72,7 @@ class FakeStore:
         self.kept.pop(key, None)
 
     def touch(self, key):
-        pass
+        assert key is not None
 
     def entries(self):
         return ()

@@ -1,6 +1,7 @@
 """Snapshots beyond the slots: whole or not there, within budgets, the same bits after a restart."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from aprium.base.records import Request, SamplingParams
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
 from aprium.engine import prefix
+from aprium.engine import store as module
 from aprium.engine.prefix import Meta
 from aprium.engine.store import SnapshotStore, fingerprint, join, pack, unpack
 from tests.engine.test_prefix import deltas_of, engine_of
@@ -202,3 +204,68 @@ def test_damage_on_disk_is_a_miss_and_never_a_wrong_token(pico, tmp_path):
     assert again[:2] == first[:2] and again[2].reused == 0
     assert again[2].why_not_more in (prefix.DAMAGED, prefix.FIRST_TIME)
     engine.close()
+
+
+def test_a_store_that_gave_up_what_a_slot_still_has_does_no_harm(pico):
+    engine = engine_of(pico, prefix_cache_ram_bytes=1000)  # less than one snapshot
+    for i in range(3):
+        last = deltas_of(engine, Request(id=str(i), tokens=prompt(1), params=GREEDY))[2]
+    assert last.reused == 149
+
+
+def test_keys_of_other_salts_never_meet():
+    tokens = [10, 20, 30]
+    assert prefix._key(tokens, "") != prefix._key(tokens[1:], "\n\0\0\0")
+    assert len({prefix._key(tokens, salt) for salt in ("", "a", "aa", "b")}) == 4
+
+
+def test_the_same_key_twice_counts_once():
+    store = SnapshotStore(ram_bytes=10 * SIZE)
+    for _ in range(3):
+        store.put(meta("a"), tensors(1))
+    assert store.ram_used == SIZE
+
+
+def test_a_long_chain_is_given_up_without_recursion():
+    store = SnapshotStore(ram_bytes=10**9)
+    for i in range(3000):
+        store.put(meta(str(i), str(i - 1) if i else None, 3 * i), tensors(i))
+    store.drop("0")
+    assert store.ram_used == 0 and not [*store.entries()]
+
+
+def test_a_writer_survives_what_cannot_be_written(tmp_path, monkeypatch):
+    store = SnapshotStore(ram_bytes=0, directory=tmp_path)
+    packed = module.pack
+    monkeypatch.setattr(module, "pack", lambda *a: (_ for _ in ()).throw(MemoryError()))
+    store.put(meta("a"), tensors(1))
+    for _ in range(1000):
+        if "a" not in store._unwritten:
+            break
+        threading.Event().wait(0.005)
+    monkeypatch.setattr(module, "pack", packed)
+    store.put(meta("b"), tensors(2))
+    store.close()
+    assert (tmp_path / "b.snapshot").exists() and not (tmp_path / "a.snapshot").exists()
+
+
+def test_states_of_old_weights_are_not_kept_for_new_ones(pico, tmp_path):
+    other = load_checkpoint(PICO_DIR)
+    changed = {
+        name: p.detach() * 0.5
+        for name, p in other.model.named_parameters()
+        if name in ("lm_head.weight", "backbone.layers.0.mixer.in_proj.weight")
+    }
+    engine = engine_of(other, prefix_cache_dir=tmp_path, max_num_batched_tokens=40)
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    engine.add(Request(id="a", tokens=prompt(1), params=params))
+    engine.step()
+    engine.update_weights(changed)  # in the middle of the prompt
+    said = [t for _ in iter(lambda: engine.has_work, False) for d in engine.step()
+            for t in d.tokens]  # fmt: skip
+    longer = (*prompt(1), *said, 30, 31)
+    found = deltas_of(engine, Request(id="b", tokens=longer, params=GREEDY))
+    engine.close()
+    assert found[2].reused == 0
+    fresh = engine_of(other, enable_prefix_caching=False)
+    assert found[:2] == deltas_of(fresh, Request(id="b", tokens=longer, params=GREEDY))[:2]
