@@ -65,7 +65,7 @@ class Engine:
                 "ngram, or none"
             )
         self._length = DraftLength(speculative) if speculative else None
-        self._drafting = Decision(0)
+        self._drafting, self._learn_s = Decision(0), 0.0  # of the last step
         self._ring_size = speculative.num_speculative_tokens + 1 if speculative else 0
         self._kv_dtype = CACHE_DTYPES.get(config.kv_cache_dtype, model.compute_dtype)
         self._ssm_dtype = SSM_DTYPES[config.mamba_ssm_cache_dtype]
@@ -400,7 +400,10 @@ class Engine:
         advanced = self.scheduler.update(plan, outcomes)
         if self.scheduler.prefixes is not None:
             self.runner.apply(self.scheduler.prefixes.drain())
-        self._learn(plan, outcomes, clock() - busy_since)
+        if self._length is not None:
+            learnt = clock()
+            self._learn(plan, outcomes, learnt - busy_since + self._learn_s)
+            self._learn_s = clock() - learnt
         deltas = [
             delta
             for sequence, result in zip(advanced, results, strict=True)

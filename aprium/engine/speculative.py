@@ -13,6 +13,7 @@ are, and stops where the next one would cost more than it promises. No torch.
 """
 
 import statistics
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +22,18 @@ from typing import Literal, NamedTuple
 from aprium.base.errors import ConfigError
 
 METHODS = {"mtp": "mtp", "nemotron_h_mtp": "mtp", "ngram": "ngram"}
-_FORGET = 0.98  # weight of what was known, for each step or draft that is noted
-_WORTH = 1.03  # drafting must promise so much more than not drafting
+_FORGET = 0.95  # weight of what was known, for each step or draft that is noted
+_FORGET_READING = 0.99  # for each token
+_DETAIL_EVERY = 4  # steps of which one is noted in detail, since that takes time
+_WORTH = 1.05  # drafting must promise so much more than not drafting
 _WINDOW = 12  # steps that are timed together
 _SETTLE = 2  # steps before a window, which do not find in the caches what they need
 _RECENT = 7  # windows of a kind whose median counts, since machines have other work, too
 _ENOUGH = 3  # windows of both kinds that are compared
-_PLAIN_EVERY = 4, 24  # windows with drafts to one without: while little is gained, and much
+_PLAIN_EVERY = 8, 24  # windows with drafts to one without: while little is gained, and much
 _MUCH, _HOPELESS = 1.15, 0.6  # times as fast; the second needs no more windows
-_REST = 50  # steps without drafts between windows, where drafts do not pay
-_TRIAL_SHARE = 0.01  # of all time that drafting may have lost
+_REST = 100  # steps without drafts between windows, where drafts do not pay
+_TRIAL_SHARE = 0.005  # of all time that drafting may have lost
 _LEAST_CHANCE = 0.05, 0.9  # of a draft to be made
 
 
@@ -75,11 +78,15 @@ def look_up(tokens: Sequence[int], count: int, longest: int, shortest: int) -> t
     """Return up to `count` tokens that followed the last occurrence of how `tokens` end."""
     if count < 1:
         return ()
+    codes = array("i", tokens)
+    text, width = codes.tobytes(), codes.itemsize
     for size in range(min(longest, len(tokens) - 1), shortest - 1, -1):
-        end = list(tokens[-size:])
-        for begin in range(len(tokens) - size - 1, -1, -1):
-            if tokens[begin] == end[0] and list(tokens[begin : begin + size]) == end:
+        end, stop = text[-size * width :], len(text) - width
+        while (at := text.rfind(end, 0, stop)) >= 0:
+            begin, inside = divmod(at, width)
+            if not inside:
                 return tuple(tokens[begin + size : begin + size + count])
+            stop = at + len(end) - 1
     return ()
 
 
@@ -108,14 +115,21 @@ class _Line:
     """Seconds as a + b x, fitted by least squares with older points forgotten."""
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 5  # weight, x, x x, y, x y
+        self._sums = (0.0,) * 5  # weight, x, x x, y, x y
 
     def add(self, x: float, y: float) -> None:
         """Note a point; one far above the others was interrupted."""
-        if self._sums[0] > 4:
-            y = min(y, 3 * self._sums[3] / self._sums[0])
-        for i, value in enumerate((1.0, x, x * x, y, x * y)):
-            self._sums[i] = self._sums[i] * _FORGET + value
+        n, sx, sxx, sy, sxy = self._sums
+        if n > 4:
+            y = min(y, 3 * sy / n)
+        keep = _FORGET
+        self._sums = (
+            n * keep + 1,
+            sx * keep + x,
+            sxx * keep + x * x,
+            sy * keep + y,
+            sxy * keep + x * y,
+        )
 
     def fit(self) -> tuple[float, float]:
         """Return a and b; b is not negative, and 0 while x has not varied."""
@@ -178,6 +192,7 @@ class DraftLength:
         self._windows: dict[tuple[int, bool], _Window] = {}  # open ones, by size and kind
         self._since_plain = 0  # windows with drafts since one without
         self._lost_s = self._elapsed_s = 0.0
+        self._turn, self._detail = 0, False
         self._reading_s = 0.0  # that the head spent on prompts, for each token
         self._step, self._draft = _Line(), _Line()  # of a sequence, by tokens more and by drafts
         self._made = [_Share() for _ in range(self.most)]  # by position, of those wanted
@@ -188,19 +203,22 @@ class DraftLength:
 
     def note_drafts(self, wanted: int, made: int) -> None:
         """Count that of up to `wanted` tokens `made` were drafted for one sequence."""
-        for i in range(wanted):
-            self._made[i].add(made > i)
+        if self._detail:
+            for i in range(wanted):
+                self._made[i].add(made > i)
 
     def note_accepted(self, drafted: int, accepted: int) -> None:
         """Count `accepted` of `drafted` tokens of one sequence, by position."""
-        for i in range(drafted):
-            self._right[i].add(accepted > i)
-            self.tried[i] += i <= accepted  # later ones were never compared
+        for i in range(min(accepted + 1, drafted)):  # later ones were never compared
+            self.tried[i] += 1
             self.kept[i] += i < accepted
+        if self._detail:
+            for i in range(drafted):
+                self._right[i].add(accepted > i)
 
     def note_reading(self, seconds: float) -> None:
         """Count that the head spent `seconds` on prompts."""
-        self._reading_s += seconds * (1 - _FORGET)
+        self._reading_s += seconds * (1 - _FORGET_READING)
         self._lost_s += seconds
 
     def note_step(
@@ -217,13 +235,16 @@ class DraftLength:
         It computed `num_tokens` and gave `num_new` in `step_s`, without the `draft_s` in which
         `num_drafts` were drafted after it.
         """
-        self._reading_s *= _FORGET**num_new
+        if not self._adaptive:
+            return
+        self._reading_s *= _FORGET_READING**num_new
         self._size = (num_sequences - 1).bit_length()
         if self._on:
             if not draft_s and not self._free:  # the head has to wait for a page's beginning
                 return
-            self._step.add(num_tokens / num_sequences - 1, step_s / num_sequences)
-            self._draft.add(num_drafts / num_sequences, draft_s / num_sequences)
+            if self._detail:
+                self._step.add(num_tokens / num_sequences - 1, step_s / num_sequences)
+                self._draft.add(num_drafts / num_sequences, draft_s / num_sequences)
         if self._settling:
             self._settling -= 1
             return
@@ -242,6 +263,8 @@ class DraftLength:
         if not self._adaptive:
             return Decision(self.most)
         self._elapsed_s = elapsed_s
+        self._turn += 1
+        self._detail = self._turn % _DETAIL_EVERY == 0
         if self._on:
             return self._best
         resting, self._resting = self._resting, False

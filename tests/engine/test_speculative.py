@@ -6,6 +6,8 @@ import random
 import pytest
 import scipy.stats
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aprium.base.errors import ConfigError
 from aprium.base.records import Request, SamplingParams
@@ -192,6 +194,28 @@ def test_n_gram_look_up():
     assert look_up(tokens, 0, 4, 2) == ()
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 256, 65537, 16777216]), min_size=1, max_size=24),
+    st.integers(0, 4),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_n_gram_look_up_equals_the_slow_one(tokens, count, longest, shortest):
+    """Tokens whose bytes overlap: only whole ones match."""
+    expected = ()
+    for size in range(min(longest, len(tokens) - 1), shortest - 1, -1):
+        places = [
+            begin
+            for begin in range(len(tokens) - size)
+            if tokens[begin : begin + size] == tokens[-size:]
+        ]
+        if places:
+            expected = tuple(tokens[places[-1] + size : places[-1] + size + count])
+            break
+    assert look_up(tokens, count, longest, shortest) == (expected if count else ())
+
+
 def test_accepted_are_the_drafts_before_the_first_wrong_one():
     assert count_accepted((1, 2, 3), [1, 2, 4, 5]) == 2
     assert count_accepted((), [4]) == 0
@@ -256,10 +280,11 @@ def test_drafting_follows_cost_and_acceptance(step, draft, rate, drafts, sequenc
 def test_a_draft_has_to_promise_what_it_costs():
     """The length and the least probability follow from the cost of a draft against a token's."""
     chosen = []
+    generator = random.Random(0)
     for draft in (0.001, 0.3):
         length = DraftLength(SpeculativeConfig(num_speculative_tokens=4))
-        for number in range(200):
-            made = 1 + number % 4
+        for _ in range(800):
+            made = generator.randrange(1, 5)
             length.choose(0.0)
             length.note_drafts(4, made)
             length.note_accepted(made, made)
