@@ -45,7 +45,7 @@ def test_kernels_are_clean(tmp_path: Path) -> None:
         "PYTHONPATH": str(package),
     }
     tests = ["tests/ops/test_native.py", "tests/model/test_native.py"]
-    tests.append("tests/checkpoint/test_transposed.py")
+    tests += ["tests/model/test_replay.py", "tests/checkpoint/test_transposed.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
         command, cwd=package, env=environment, capture_output=True, text=True, check=False
