@@ -4,11 +4,12 @@ python benchmarks/simulate.py [--runs 5] [--requests 120] [--speed] [--million N
 
 Three traces (a closed loop, an open loop, agents' sessions with prefix reuse) are served by the
 real engine in real time and by the simulator with a device fitted to steps measured just before and
-after, on another load. Prints one JSON line a trace: medians over the runs of throughput and of the
-50th and 90th percentile of the time to the first token, and of the ratios simulated over real;
-`ratio_own_steps` is that with a device fitted to the very run's steps, which leaves out how the
-machine's speed drifts. Bar: within 15 %. --speed prints engine steps a second of simulations instead (of processor time, as
-one core does all); --million N serves N million requests with a fleet of 32.
+just after, on another load. Prints one JSON line a trace: medians over the runs of throughput and
+of the 50th and 90th percentile of the time to the first token, and of the ratios simulated over
+real; `ratio_own_steps` is that with a device fitted to the very run's steps, which leaves out how
+the machine's speed drifts. Bar: within 15 %. --speed prints engine steps a second of simulations
+instead (of processor time, as one core does all); --million N serves N million requests with a
+fleet of 32.
 """
 
 import argparse
