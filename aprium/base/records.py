@@ -85,7 +85,8 @@ class SamplingParams:
     the best mean log-probability. With a `guide` only tokens that keep to its form are chosen,
     before the filters apply. Once `thinking_budget` tokens of reasoning are written it is closed at
     the next line break, at the latest after `thinking_grace` more; `thinking_message` is written
-    first. Raises RequestError naming the field that is out of range.
+    first. `logit_bias`, a mapping or pairs, is added to the logits of tokens before all that, not
+    to log-probabilities. Raises RequestError naming the field that is out of range.
     """
 
     max_tokens: int | None = 256
@@ -105,9 +106,11 @@ class SamplingParams:
     thinking_budget: int | None = None
     thinking_grace: int = 500
     thinking_message: str = ""
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Normalise sequences to tuples and check ranges."""
+        object.__setattr__(self, "logit_bias", _read_bias(self.logit_bias))
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, str) else () if value is None else value
@@ -148,6 +151,24 @@ class SamplingParams:
                 "reasoning",
                 param="thinking_message",
             )
+
+
+def _read_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """Return biases as pairs in the order of ids; raises RequestError for what are none."""
+    try:
+        pairs = dict(value or ()).items()
+        found = tuple(sorted((int(token), float(bias)) for token, bias in pairs))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(
+            "logit_bias must be a mapping from token ids to numbers", param="logit_bias"
+        ) from error
+    for token, bias in found:
+        if not -100 <= bias <= 100:
+            raise RequestError(
+                f"logit_bias of token {token} is {bias}: it must be between -100 and 100",
+                param="logit_bias",
+            )
+    return found
 
 
 # Fields that a checkpoint's `generation_config.json` may recommend values for.

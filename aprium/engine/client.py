@@ -308,6 +308,18 @@ class AsyncEngine:
         """Close the reasoning of running continuations at their next token; see `LLM`."""
         return await self.call(functools.partial(Engine.finish_thinking, request_id=request_id))
 
+    async def pause(self, paused: bool = True) -> None:
+        """Compute no step from now on, or go on; requests stay where they are, and new ones wait.
+
+        Deadlines are seen to when it goes on.
+        """
+        await self.call(lambda engine: setattr(engine, "paused", paused))
+
+    @property
+    def paused(self) -> bool:
+        """Whether no steps are computed for now."""
+        return self._engine.paused
+
     async def call(self, function: Callable[[Engine], T]) -> T:
         """Let the engine's thread call `function` between two steps, and return what it returns."""
         return await asyncio.wrap_future(self._owner.call(function))

@@ -89,6 +89,7 @@ class Engine:
         self._num_steps = self._prompt_tokens = self._generated_tokens = 0
         self._num_finished = self._num_aborted = self._num_expired = 0
         self._step_s = 0.0
+        self.paused = False  # no step is computed; everything else goes on
 
     def _plan_memory(self) -> CachePlan:
         """Choose the sizes of the generation state on this machine."""
@@ -175,7 +176,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work and not self.paused
 
     def check(self, request: Request) -> None:
         """Raise RequestError when `request` can never be served; callable from any thread."""
@@ -186,6 +187,7 @@ class Engine:
         self._check_ids((*tokens, *request.generated), "prompt")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         check_salt(request.cache_salt)
+        self._check_ids(tuple(token for token, _ in params.logit_bias), "logit_bias")
         if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
             raise RequestError(
                 f"deadline_s is {request.deadline_s}: it must be above 0", param="deadline_s"

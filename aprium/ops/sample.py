@@ -5,7 +5,7 @@ seed and position, and the choice inverts the distribution function, summed in t
 ids; so a sequence draws the same tokens whatever it is batched with, and after a preemption. Only
 operations that treat rows one by one in a fixed order are used (softmax, cumulative sum, top-k,
 comparison), never a sum over the vocabulary that may be split by the number of rows.
-A mask, where a row has one, comes before everything else: what it bars is not there.
+Biases and a mask, where a row has them, come before everything else: what a mask bars is not there.
 Filters keep ties: a token as probable as the last one kept is kept.
 Source: SplitMix64 (Steele, Lea, Flood 2014) for the hash.
 Letters: R rows, V vocabulary.
@@ -74,12 +74,12 @@ def sample(
 
     `seeds[i]` and `positions[i]` (of the token to be chosen) fix the random number of row i.
     `masks[i]` says which tokens row i may choose: bit j of it, lowest first, is token j; None, or
-    no `masks`, leaves all. Log-probabilities are those before masks.
+    no `masks`, leaves all. Log-probabilities are those before masks and biases.
     """
     if pick is not None:
         return _sample_picked(logits, params, seeds, positions, pick, masks)
     logprobs = F.log_softmax(logits, -1)
-    allowed = _masked(logits, masks)
+    allowed = _masked(logits, params, masks)
     tokens = allowed.argmax(-1)  # ties go to the lowest id
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
@@ -106,8 +106,9 @@ def _sample_picked(
     picked = pick(logits)
     # peak - peak is 0, or NaN where the peak is not finite.
     choices = [Choice(token, peak - peak - log_mass, {}) for token, peak, log_mass in picked]
-    masked = [i for i, mask in enumerate(masks) if mask is not None]
-    allowed = _masked(logits, masks)
+    masked = {i for i, mask in enumerate(masks) if mask is not None}
+    masked |= {i for i, p in enumerate(params) if p.logit_bias}
+    allowed = _masked(logits, params, masks)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     tokens = {i: int(allowed[i].argmax()) for i in masked if not params[i].temperature}
     if drawn:
@@ -128,12 +129,19 @@ def _sample_picked(
     return choices
 
 
-def _masked(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
-    """Return `logits` [R, V] with minus infinity where a row's mask has no bit."""
+def _masked(
+    logits: Tensor, params: Sequence[SamplingParams], masks: Sequence[bytes | None]
+) -> Tensor:
+    """Return `logits` [R, V] with biases, and minus infinity where a row's mask has no bit."""
     rows = [i for i, mask in enumerate(masks) if mask is not None]
-    if not rows:
+    biased = [i for i, p in enumerate(params) if p.logit_bias]
+    if not rows and not biased:
         return logits
     masked = logits.clone()
+    for i in biased:
+        ids, values = zip(*params[i].logit_bias, strict=True)
+        index = torch.tensor(ids, device=logits.device)
+        masked[i, index] += torch.tensor(values, dtype=logits.dtype, device=logits.device)
     for i in rows:
         mask = masks[i]
         assert mask is not None

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aprium.base.errors import RequestError
 from aprium.base.records import SamplingParams
 from aprium.ops.sample import derive_seed, draw, filtered, sample, score, uniform
 
@@ -241,3 +242,32 @@ def test_logits_that_are_not_numbers_show_in_the_logprob(temperature):
     bad, good = sample(logits, [params, params], [0, 0], [0, 0])
     assert 0 <= bad.token < 3 and math.isnan(bad.logprob)
     assert not math.isnan(good.logprob)
+
+
+@pytest.mark.parametrize("pick", [None, picked])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_biases_are_as_if_the_logits_were_such(pick, temperature):
+    logits = rows(6, 40, seed=3)
+    bias = {3: 5.0, 7: -100.0, 39: 0.25}
+    plain = SamplingParams(temperature=temperature)
+    biased = SamplingParams(temperature=temperature, logit_bias=bias)
+    assert biased.logit_bias == ((3, 5.0), (7, -100.0), (39, 0.25))
+    shifted = logits.clone()
+    for token, value in bias.items():
+        shifted[:, token] += value
+    params = [biased, plain] * 3
+    seeds, positions = range(6), range(6)
+    found = sample(logits, params, seeds, positions, pick)
+    for i, choice in enumerate(found):
+        source = shifted if i % 2 == 0 else logits
+        (wanted,) = sample(source[i : i + 1], [plain], [seeds[i]], [positions[i]])
+        assert choice.token == wanted.token
+        expected = torch.log_softmax(logits[i], -1)[choice.token]
+        assert choice.logprob == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("bias", [5, {"x": 1}, {1: "y"}, {1: 101}, {1: math.nan}, [1]])
+def test_biases_that_are_none(bias):
+    with pytest.raises(RequestError, match="logit_bias") as caught:
+        SamplingParams(logit_bias=bias)
+    assert caught.value.param == "logit_bias"
