@@ -47,6 +47,20 @@ class EngineError(ApriumError):
     """The engine has failed or has been closed; the message carries the cause."""
 
 
+class OverloadError(ApriumError):
+    """A request is turned away for now: the "queue" is full, its "key" has its share, or "closing".
+
+    `retry_s` is after how many seconds a place is likely to be free.
+    """
+
+    def __init__(
+        self, message: str, reason: Literal["queue", "key", "closing"], retry_s: float
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_s = retry_s
+
+
 class DataError(ApriumError):
     """A training source or sample cannot be used."""
 

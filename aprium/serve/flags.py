@@ -47,6 +47,50 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="host", default="127.0.0.1", help="Address to listen on."),
     Flag(name="port", kind="int", default=8000, help="Port to listen on; 0 takes a free one."),
     Flag(name="api-key", kind="words", help="Keys that let a client in (env: APRIUM_API_KEY)."),
+    Flag(name="api-key-file", help="File of such keys, one a line."),
+    Flag(
+        name="control-key",
+        kind="words",
+        help="Keys for routes that change the engine (env: APRIUM_CONTROL_KEY); none: closed.",
+    ),
+    Flag(name="control-key-file", help="File of such keys, one a line."),
+    Flag(
+        name="allowed-hosts",
+        kind="words",
+        help="Host names requests may use; default without keys on loopback: its names.",
+    ),
+    Flag(
+        name="allowed-origins",
+        kind="words",
+        help="Origins of web pages elsewhere whose scripts may use the server; default: none.",
+    ),
+    Flag(
+        name="max-num-queued-reqs",
+        kind="int",
+        help="Sequences that may wait for a place; more get 503. Default: no limit.",
+    ),
+    Flag(
+        name="max-num-queued-tokens",
+        kind="count",
+        help="Tokens of prompts that may wait; more get 503. Default: no limit.",
+    ),
+    Flag(
+        name="max-requests-per-key",
+        kind="int",
+        help="Requests that a key may have under way; more get 429. Default: no limit.",
+    ),
+    Flag(
+        name="stable-prompts",
+        kind="switch",
+        default=True,
+        help="Take lines out of system prompts that change with every request; sort tools' keys.",
+    ),
+    Flag(
+        name="max-stored-responses",
+        kind="int",
+        default=256,
+        help="Responses of /v1/responses that are kept; the oldest goes first.",
+    ),
     Flag(name="ssl-keyfile", help="Private key for HTTPS."),
     Flag(name="ssl-certfile", help="Certificate for HTTPS."),
     Flag(
@@ -112,8 +156,19 @@ FLAGS: tuple[Flag, ...] = (
         help="What the checkpoint must be quantised with; it is found out anyway.",
     ),
     Flag(name="uvicorn-log-level", default="info", help="Log level of the HTTP server."),
-    Flag(name="disable-uvicorn-access-log", kind="switch", help="Do not log every request."),
-    Flag(name="shutdown-timeout", kind="int", default=5, help="Seconds requests get at the end."),
+    Flag(
+        name="enable-log-requests",
+        kind="switch",
+        default=True,
+        help="Log one line of JSON a request, with counts and times but nothing of what was said.",
+    ),
+    Flag(name="disable-log-requests", kind="switch", help="The same as --no-enable-log-requests."),
+    Flag(
+        name="shutdown-timeout",
+        kind="int",
+        default=25,
+        help="Seconds that requests under way get at the end.",
+    ),
     # What follows is accepted because it asks for what happens anyway, or for a choice that other
     # hardware has.
     Flag(
@@ -232,15 +287,13 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="enforce-eager", kind="switch", takes=False),
     Flag(name="enable-flashinfer-autotune", kind="switch", takes=False),
     Flag(name="async-scheduling", kind="switch", takes=False),
-    Flag(name="disable-log-requests", kind="switch", takes=False),
-    Flag(name="enable-log-requests", kind="switch", takes=False),
+    Flag(name="disable-uvicorn-access-log", kind="switch", takes=False),
     Flag(name="disable-log-stats", kind="switch", takes=False),
 )
 
 _PREFIX = "states are kept at ends of messages, not on a grid; leave the flag out"
 _ROUNDING = "the generator of stochastic rounding is PyTorch's own, leave the flag out"
 _ADAPTERS = "adapters are not supported, merge them into the checkpoint first"
-_QUEUE = "the queue has no bound yet, put the limit into the proxy in front"
 
 # Flag -> what to do instead. The --no- form of each is accepted, since it asks for nothing.
 REFUSED: dict[str, str] = {
@@ -254,15 +307,12 @@ REFUSED: dict[str, str] = {
     "lora-modules": _ADAPTERS,
     "max-lora-rank": _ADAPTERS,
     "max-loras": _ADAPTERS,
-    "max-num-queued-reqs": _QUEUE,
-    "max-num-queued-tokens": _QUEUE,
     "tokenizer": "put the tokenizer's files into the checkpoint's directory instead",
     "tokenizer-mode": "the checkpoint's tokenizer.json is used, leave the flag out",
     "revision": "download that revision and give its directory as the model",
     "hf-overrides": "edit a copy of the checkpoint's config.json instead",
     "config": "write the flags on the command line",
     "middleware": "put a proxy in front of the server instead",
-    "allowed-origins": "put a proxy in front of the server instead",
 }
 
 _BY_NAME = {flag.name: flag for flag in FLAGS}

@@ -4,9 +4,10 @@ Everything that can be wrong with a command line is found before a model is load
 minutes: flags, files, the address.
 """
 
+import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
 from aprium.engine.engine import load
 from aprium.model.config import QuantConfig
-from aprium.serve.app import ServeConfig, create_app
+from aprium.serve.admission import Limits
+from aprium.serve.app import create_app
+from aprium.serve.keys import read_keys
+from aprium.serve.server import Server
+from aprium.serve.service import ServeConfig
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import read_json
 
@@ -50,6 +55,7 @@ _ENGINE_FIELDS = {
     "enable-chunked-prefill": "enable_chunked_prefill",
     "seed": "seed",
 }
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 logger = get_logger("serve")
 
 
@@ -74,6 +80,7 @@ def launch(model: str, flags: Mapping[str, Any]) -> None:
         chat_template = ChatTemplate.load(directory, template) if template else None
         sampling = sampling_defaults(directory, flags)
         thinking = thinking_defaults(flags)
+        guards = guard_options(flags)
         engine = AsyncEngine(config, load(config))
         if engine.tokenizer is None:
             raise CheckpointError(
@@ -83,11 +90,14 @@ def launch(model: str, flags: Mapping[str, Any]) -> None:
         engine.template = chat_template or engine.template
         serve = ServeConfig(
             names=tuple(flags["served-model-name"] or (model,)),
-            api_keys=_api_keys(flags),
             template_kwargs=flags["default-chat-template-kwargs"] or {},
             sampling=sampling,
             thinking_budget=thinking.thinking_budget,
             thinking_message=thinking.thinking_message,
+            stable_prompts=flags["stable-prompts"],
+            log_requests=flags["enable-log-requests"] and not flags["disable-log-requests"],
+            max_stored_responses=flags["max-stored-responses"],
+            **guards,
         )
         _run(engine, serve, listener, flags)
     finally:
@@ -169,10 +179,58 @@ def _fits(wanted: str, quant: QuantConfig) -> bool:
     return bool(formats & {"nvfp4", "w4a16_nvfp4"})
 
 
-def _api_keys(flags: Mapping[str, Any]) -> tuple[str, ...]:
-    given = tuple(flags["api-key"] or ())
-    named = (os.environ.get(name) for name in ("APRIUM_API_KEY", "VLLM_API_KEY"))
-    return given or tuple(key for key in named if key)
+def guard_options(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of ServeConfig that keep clients out, or down to what they may have."""
+    keys = _keys(flags, "api-key", ("APRIUM_API_KEY", "VLLM_API_KEY"))
+    control = _keys(flags, "control-key", ("APRIUM_CONTROL_KEY",))
+    hosts = tuple(host.lower() for host in flags["allowed-hosts"] or ())
+    if not hosts and not keys and flags["host"] in _LOOPBACK:
+        hosts = _LOOPBACK  # a web page must not reach the server by another name for this machine
+    limits = {
+        "queued_requests": "max-num-queued-reqs",
+        "queued_tokens": "max-num-queued-tokens",
+        "requests_per_key": "max-requests-per-key",
+    }
+    for name, least in ("max-num-queued-reqs", 0), ("max-requests-per-key", 1), (
+        "max-stored-responses", 0
+    ):  # fmt: skip
+        if flags[name] is not None and flags[name] < least:
+            raise ConfigError(f"--{name} is {flags[name]}: it must be at least {least}")
+    if flags["max-requests-per-key"] is not None and not keys:
+        raise ConfigError(
+            f"--max-requests-per-key {flags['max-requests-per-key']}: there are no keys, give "
+            "--api-key or --api-key-file, or bound the queue with --max-num-queued-reqs"
+        )
+    return {
+        "api_keys": keys,
+        "control_keys": control,
+        "allowed_hosts": () if "*" in hosts else hosts,
+        "allowed_origins": _origins(flags["allowed-origins"] or ()),
+        "limits": Limits(**{field: flags[name] for field, name in limits.items()}),
+    }
+
+
+def _keys(flags: Mapping[str, Any], name: str, variables: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the keys given by flag, file or, where there are none, by environment."""
+    given = tuple(flags[name] or ())
+    if flags[f"{name}-file"]:
+        given += read_keys(Path(flags[f"{name}-file"]))
+    return given or tuple(key for v in variables if (key := os.environ.get(v)))
+
+
+def _origins(given: Sequence[str]) -> tuple[str, ...]:
+    """Return origins given as words, or as a JSON list."""
+    found: list[str] = []
+    for word in given:
+        if not word.startswith("["):
+            found.append(word)
+            continue
+        try:
+            listed = json.loads(word)
+        except ValueError as error:
+            raise ConfigError(f"--allowed-origins {word} is not JSON: {error}") from error
+        found += map(str, listed)
+    return tuple(found)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -193,14 +251,17 @@ def _run(
     engine: AsyncEngine, serve: ServeConfig, listener: socket.socket, flags: Mapping[str, Any]
 ) -> None:
     level = flags["uvicorn-log-level"]
+    app = create_app(engine, serve)
     try:
         config = uvicorn.Config(
-            create_app(engine, serve),
+            app,
+            http="h11",  # which bounds the size of headers
+            ws="none",
             log_level=level,
-            access_log=not flags["disable-uvicorn-access-log"],
+            access_log=False,  # `serve/guard` writes a line that says more
+            server_header=False,
             ssl_keyfile=flags["ssl-keyfile"],
             ssl_certfile=flags["ssl-certfile"],
-            timeout_graceful_shutdown=flags["shutdown-timeout"],
         )
         config.load()
     except (KeyError, OSError) as error:
@@ -215,4 +276,4 @@ def _run(
         "serving %s on %s://%s:%d (context %d tokens)",
         serve.names[0], scheme, place, port, engine.max_model_len,
     )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config, app.state.service, flags["shutdown-timeout"]).run(sockets=[listener])

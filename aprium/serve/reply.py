@@ -7,21 +7,31 @@ one is made for every token. No torch here, and no web framework.
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from aprium.base.records import Completion, TopLogprobs
+from aprium.serve.events import error_body, event
 from aprium.serve.wire import ChatRequest, CompletionRequest
-from aprium.text.parse import Event, ReasoningEnd, StreamParser, gather
+from aprium.text.parse import Event, Parsed, ReasoningEnd, StreamParser, gather
 from aprium.text.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # stands for minus infinity, which JSON cannot express
 
 
 class Reply(Protocol):
-    """What the server needs of a reply, of either kind."""
+    """What the server needs of a reply, of any kind; `last_event` ends a stream."""
 
     id: str
+    last_event: bytes
+
+    def event(self, chunk: dict[str, Any]) -> bytes:
+        """Return a chunk as it is sent."""
+        ...
+
+    def failed(self, status: int, message: str, param: str | None) -> list[dict[str, Any]]:
+        """Return the chunks that say why a stream ends here."""
+        ...
 
     def opening(self) -> list[dict[str, Any]]:
         """Return the chunks sent before the first token."""
@@ -43,6 +53,8 @@ class Reply(Protocol):
 class _Base:
     """What both kinds share: identity, the latest completion of each choice, token counts."""
 
+    last_event = b"data: [DONE]\n\n"
+
     def __init__(
         self,
         request: ChatRequest | CompletionRequest,
@@ -60,6 +72,14 @@ class _Base:
         self._kind = kind
         self._latest: dict[int, Completion] = {}
         self._sent_tokens: dict[int, int] = {}
+
+    def event(self, chunk: dict[str, Any]) -> bytes:
+        """Return a chunk as it is sent."""
+        return event(chunk)
+
+    def failed(self, status: int, message: str, param: str | None) -> list[dict[str, Any]]:
+        """Return the chunk that says why a stream ends here."""
+        return [error_body(status, message, param)]
 
     def closing(self) -> list[dict[str, Any]]:
         """Return the token counts, if asked for."""
@@ -83,7 +103,41 @@ class _Base:
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": reused},
+            "completion_tokens_details": draft_counts(self._latest.values()),
         }
+
+    def _timed(self, chunks: list[dict[str, Any]], done: bool) -> list[dict[str, Any]]:
+        """Add times to the last of `chunks`, where they are asked for."""
+        asked = self._request.timings_per_token or (self._request.timings and done)
+        if chunks and asked:
+            chunks[-1]["timings"] = self._timings()
+        return chunks
+
+    def _timings(self) -> dict[str, Any]:
+        prompt = sum(map(len, self._prompts))
+        return timings(list(self._latest.values()), prompt, self._usage())
+
+    def _prompt_logprobs(self, completion: Completion) -> list[dict[str, Any] | None]:
+        """Return the log-probabilities of the prompt as vLLM has them."""
+        rows: list[dict[str, Any] | None] = []
+        scores = completion.prompt_logprobs or ()
+        tops = completion.prompt_top_logprobs or ({},) * len(scores)
+        for token, score, top in zip(completion.prompt_tokens, scores, tops, strict=True):
+            if score is None:
+                rows.append(None)
+                continue
+            ranks = {id: rank for rank, id in enumerate(top or {}, 1)}
+            rows.append(
+                {
+                    str(id): {
+                        "logprob": max(value, _LOWEST),
+                        "rank": ranks.get(id),
+                        "decoded_token": self._tokenizer.token_bytes(id).decode("utf-8", "replace"),
+                    }
+                    for id, value in {**(top or {}), token: score}.items()
+                }
+            )
+        return rows
 
     def _new_tokens(self, completion: Completion) -> int:
         """Return how many tokens of this choice were sent before, and book all as sent."""
@@ -120,24 +174,28 @@ class ChatReply(_Base):
         super().__init__(request, tokenizer, [prompt], model=model, kind=kind)
         self.thinking = thinking
         self._chat = request
-        self._parsers = [
-            StreamParser(thinking=thinking, tools=tools, force_content=force_content)
+        self.answers = [
+            Answer(
+                tokenizer,
+                thinking=thinking,
+                tools=tools,
+                force_content=force_content,
+                include_reasoning=request.include_reasoning,
+                parallel=request.parallel_tool_calls,
+            )
             for _ in range(request.n or 1)
         ]
-        self._events: list[list[Event]] = [[] for _ in self._parsers]
-        names = [tool["function"]["name"] for tool in tools]
-        self._reasoning = [_ReasoningCount(tokenizer, names, thinking) for _ in self._parsers]
-        self._call_ids: dict[tuple[int, int], str] = {}
-        self._sent_text: dict[int, int] = {}
 
     def _usage(self) -> dict[str, Any]:
-        counts = [self._reasoning[c.index].count(c.tokens) for c in self._latest.values()]
-        return {**super()._usage(), "completion_tokens_details": {"reasoning_tokens": sum(counts)}}
+        usage = super()._usage()
+        counts = [self.answers[c.index].num_reasoning(c) for c in self._latest.values()]
+        usage["completion_tokens_details"]["reasoning_tokens"] = sum(counts)
+        return usage
 
     def opening(self) -> list[dict[str, Any]]:
         """Return one chunk per choice that says who speaks."""
         opened = []
-        for index in range(len(self._parsers)):
+        for index in range(len(self.answers)):
             choice = {"index": index, "delta": {"role": "assistant", "content": ""}}
             opened.append(self._chunk([{**choice, "logprobs": None, "finish_reason": None}]))
         if self._chat.return_token_ids:
@@ -164,7 +222,7 @@ class ChatReply(_Base):
             choices[0]["token_ids"] = list(completion.tokens[start:])
         if done:
             choices[-1].update(self._end(completion, self._finish_reason(completion)))
-        return [self._chunk([choice]) for choice in choices]
+        return self._timed([self._chunk([choice]) for choice in choices], done)
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the reply in one piece, from the finished completion of each choice."""
@@ -184,24 +242,14 @@ class ChatReply(_Base):
         reply = {**self._head, "object": self._kind, "choices": choices, "usage": self._usage()}
         if self._chat.return_token_ids:
             reply["prompt_token_ids"] = list(self._prompts[0])
-        return reply
+        if self._chat.prompt_logprobs is not None:
+            reply["prompt_logprobs"] = self._prompt_logprobs(completions[0])
+        return self._timed([reply], True)[0]
 
     def _read(self, completion: Completion) -> list[Event]:
-        """Parse what `completion` has grown by; leave out what the request does not want."""
-        index = completion.index
-        self._latest[index] = completion
-        new = completion.text[self._sent_text.get(index, 0) :]
-        self._sent_text[index] = len(completion.text)
-        parser = self._parsers[index]
-        events = parser.push(new) if new else []
-        if completion.finish is not None:
-            events += parser.finish()
-        if not self._chat.include_reasoning:
-            events = [event for event in events if event.kind != "reasoning"]
-        if not self._chat.parallel_tool_calls:
-            events = [event for event in events if event.index == 0]
-        self._events[index] += events
-        return events
+        """Parse what `completion` has grown by."""
+        self._latest[completion.index] = completion
+        return self.answers[completion.index].read(completion)
 
     def _delta(self, index: int, event: Event) -> dict[str, Any]:
         if event.kind == "reasoning":
@@ -210,14 +258,14 @@ class ChatReply(_Base):
             return {"content": event.text}
         call: dict[str, Any] = {"index": event.index}
         if event.kind == "call":
-            call |= {"id": self._call_id(index, event.index), "type": "function"}
+            call |= {"id": self.answers[index].call_id(event.index), "type": "function"}
             call["function"] = {"name": event.text, "arguments": ""}
         else:
             call["function"] = {"arguments": event.text}
         return {"tool_calls": [call]}
 
     def _message(self, index: int) -> dict[str, Any]:
-        parsed = gather(self._events[index])
+        parsed = self.answers[index].parsed()
         message: dict[str, Any] = {
             "role": "assistant",
             "content": parsed.content,
@@ -228,7 +276,7 @@ class ChatReply(_Base):
         if parsed.tool_calls:
             message["tool_calls"] = [
                 {
-                    "id": self._call_id(index, i),
+                    "id": self.answers[index].call_id(i),
                     "type": "function",
                     "function": {"name": call.name, "arguments": call.arguments},
                 }
@@ -237,11 +285,8 @@ class ChatReply(_Base):
         return message
 
     def _finish_reason(self, completion: Completion) -> str | None:
-        called = any(event.kind == "call" for event in self._events[completion.index])
+        called = self.answers[completion.index].called
         return "tool_calls" if called and completion.finish == "stop" else completion.finish
-
-    def _call_id(self, index: int, call: int) -> str:
-        return self._call_ids.setdefault((index, call), f"call_{uuid.uuid4().hex[:24]}")
 
     def _logprobs(self, completion: Completion, start: int) -> dict[str, Any]:
         content = []
@@ -258,15 +303,61 @@ class ChatReply(_Base):
         return {"token": text, "logprob": max(logprob, _LOWEST), "bytes": list(raw)}
 
 
-class _ReasoningCount:
-    """Counts the tokens of one answer's reasoning, with the tag that ends it."""
+class Answer:
+    """One answer as it grows, in its parts; every API's replies are made of these.
 
-    def __init__(self, tokenizer: Tokenizer, names: Sequence[str], thinking: bool) -> None:
-        self._tokenizer, self._end = tokenizer, ReasoningEnd(names)
+    `include_reasoning` and `parallel` false leave reasoning, and calls after the first, out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        force_content: bool = False,
+        include_reasoning: bool = True,
+        parallel: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._parser = StreamParser(thinking=thinking, tools=tools, force_content=force_content)
+        self._include_reasoning, self._parallel = include_reasoning, parallel
+        self._events: list[Event] = []
+        self._sent = 0
+        self._call_ids: dict[int, str] = {}
+        self._end = ReasoningEnd(tool["function"]["name"] for tool in tools)
         self._open, self._tail, self._count = thinking, b"", 0
 
-    def count(self, tokens: Sequence[int]) -> int:
-        """Return how many of `tokens`, which have grown since the last call, are reasoning."""
+    def read(self, completion: Completion) -> list[Event]:
+        """Parse what `completion` has grown by; leave out what is not wanted."""
+        new = completion.text[self._sent :]
+        self._sent = len(completion.text)
+        events = self._parser.push(new) if new else []
+        if completion.finish is not None:
+            events += self._parser.finish()
+        if not self._include_reasoning:
+            events = [event for event in events if event.kind != "reasoning"]
+        if not self._parallel:
+            events = [event for event in events if event.index == 0]
+        self._events += events
+        return events
+
+    def parsed(self) -> Parsed:
+        """Return what has come, in parts."""
+        return gather(self._events)
+
+    @property
+    def called(self) -> bool:
+        """Whether there is a tool call in it."""
+        return any(event.kind == "call" for event in self._events)
+
+    def call_id(self, index: int, prefix: str = "call_") -> str:
+        """Return the name of a call."""
+        return self._call_ids.setdefault(index, f"{prefix}{uuid.uuid4().hex[:24]}")
+
+    def num_reasoning(self, completion: Completion) -> int:
+        """Return how many of its tokens are reasoning, with the tag that ends it."""
+        tokens = completion.tokens
         while self._open and self._count < len(tokens):
             new = self._tokenizer.token_bytes(tokens[self._count])
             self._tail, ended = self._end.push(self._tail, new)
@@ -316,7 +407,7 @@ class TextReply(_Base):
         if self._plain.return_token_ids and index in self._opened:
             del choice["prompt_token_ids"]
         self._opened.add(index)
-        return [self._chunk([choice])]
+        return self._timed([self._chunk([choice])], done)
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the reply in one piece, from the finished completion of each choice."""
@@ -325,7 +416,11 @@ class TextReply(_Base):
             self._choice(completion, completion.text, 0, echo=self._plain.echo)
             for completion in completions
         ]
-        return {**self._head, "object": self._kind, "choices": choices, "usage": self._usage()}
+        if self._plain.prompt_logprobs is not None:
+            for choice, completion in zip(choices, completions, strict=True):
+                choice["prompt_logprobs"] = self._prompt_logprobs(completion)
+        reply = {**self._head, "object": self._kind, "choices": choices, "usage": self._usage()}
+        return self._timed([reply], True)[0]
 
     def _choice(
         self, completion: Completion, text: str, start: int, *, echo: bool
@@ -377,6 +472,46 @@ class TextReply(_Base):
 
     def _piece(self, token: int) -> str:
         return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+
+def draft_counts(completions: Iterable[Completion]) -> dict[str, int]:
+    """Return how many drafted tokens were right and how many were not, by OpenAI's names."""
+    drafted = accepted = 0
+    for completion in completions:
+        drafted, accepted = drafted + completion.drafted, accepted + completion.accepted
+    return {
+        "accepted_prediction_tokens": accepted,
+        "rejected_prediction_tokens": drafted - accepted,
+    }
+
+
+def timings(
+    completions: Sequence[Completion], num_prompt: int, usage: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return where the time of a request went, by llama.cpp's names and some more."""
+    times = [completion.timings for completion in completions]
+    first_s = min((t.first_token_s for t in times if t.first_token_s), default=0.0)
+    queue_s = min((t.queue_s for t in times), default=0.0)
+    total_s = max((t.total_s for t in times), default=0.0)
+    prompt_s, decode_s = max(first_s - queue_s, 0.0), max(total_s - first_s, 0.0)
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    read, generated = num_prompt - cached, usage["completion_tokens"]
+    later = max(generated - len(completions), 0)  # tokens after the first of each
+    drafts = usage["completion_tokens_details"]
+    return {
+        "queue_ms": 1000 * queue_s,
+        "cache_n": cached,
+        "why_not_more": next((c.why_not_more for c in completions), None),
+        "prompt_n": read,
+        "prompt_ms": 1000 * prompt_s,
+        "prompt_per_second": read / prompt_s if prompt_s else 0.0,
+        "predicted_n": generated,
+        "predicted_ms": 1000 * decode_s,
+        "predicted_per_second": later / decode_s if decode_s else 0.0,
+        "draft_n": drafts["accepted_prediction_tokens"] + drafts["rejected_prediction_tokens"],
+        "draft_n_accepted": drafts["accepted_prediction_tokens"],
+        "total_ms": 1000 * total_s,
+    }
 
 
 def _rows(completion: Completion, start: int) -> Iterator[tuple[int, float, TopLogprobs]]:

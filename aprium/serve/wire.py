@@ -9,7 +9,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictInt,
+    StrictStr,
+    Tag,
+)
 
 from aprium.base.errors import RequestError
 from aprium.base.records import RECOMMENDED_SAMPLING, Guide, Message, SamplingParams, ToolCall
@@ -26,7 +35,6 @@ _REFUSED: dict[str, tuple[Sequence[Any], str]] = {
     "repetition_penalty": ((None, 1), _PENALTY),
     "length_penalty": ((None, 1), "beam search is not supported, leave it out"),
     "use_beam_search": (_NEUTRAL, "beam search is not supported, use n and temperature"),
-    "logit_bias": (_NEUTRAL, "token biases are not supported, leave it out"),
     "bad_words": (_NEUTRAL, "token biases are not supported, leave it out"),
     "allowed_token_ids": (_NEUTRAL, "token biases are not supported, leave it out"),
     "min_tokens": (_NEUTRAL, "use ignore_eos with max_tokens for a fixed length"),
@@ -39,7 +47,6 @@ _REFUSED: dict[str, tuple[Sequence[Any], str]] = {
     "modalities": ((None, ["text"]), "this family writes text only"),
     "suffix": (_NEUTRAL, "the model only continues text, put everything into the prompt"),
     "prompt_embeds": (_NEUTRAL, "send the prompt as text or token ids"),
-    "prompt_logprobs": (_NEUTRAL[:1], "use echo with logprobs on /v1/completions"),
     "truncate_prompt_tokens": (_NEUTRAL[:1], "shorten the prompt before sending it"),
     "skip_special_tokens": ((None, True), "use return_token_ids and /detokenize"),
     "include_stop_str_in_output": (_NEUTRAL, "the stop is given as stop_reason"),
@@ -68,6 +75,11 @@ def _read_prompt(value: Any) -> Any:
     raise ValueError(
         "must be a string, a list of strings, a list of token ids, or a list of such lists"
     )
+
+
+def _split(given: Any) -> list[str | list[int]]:
+    """Return the prompts in one of those forms."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
 
 
 class _Body(BaseModel):
@@ -119,6 +131,10 @@ class _Generation(_Body):
     ignore_eos: bool = False
     max_tokens: StrictInt | None = None
     return_token_ids: bool = False
+    logit_bias: dict[StrictStr, float] | None = None
+    prompt_logprobs: StrictInt | None = None
+    timings: bool = False
+    timings_per_token: bool = False
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | StrictStr | None = None
@@ -147,6 +163,11 @@ class _Generation(_Body):
         prompt_logprobs: int | None = None,
         **more: Any,
     ) -> SamplingParams:
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError(
+                "prompt_logprobs come with whole answers: leave stream out", param="prompt_logprobs"
+            )
+        asked = (n for n in (prompt_logprobs, self.prompt_logprobs) if n is not None)
         given = {name: getattr(self, name) for name in RECOMMENDED_SAMPLING}
         given = {k: defaults.get(k) if v is None else v for k, v in given.items()}
         stop = self.stop or ()
@@ -154,7 +175,8 @@ class _Generation(_Body):
             **{name: value for name, value in given.items() if value is not None},
             max_tokens=max_tokens,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=max(asked, default=None),
+            logit_bias=_bias(self.logit_bias),
             n=1 if self.n is None else self.n,
             best_of=self.best_of,
             seed=self.seed,
@@ -186,11 +208,7 @@ class CompletionRequest(_Generation):
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]  # pyright: ignore[reportReturnType] - checked on the way in
-        return list(self.prompt)  # pyright: ignore[reportReturnType]
+        return _split(self.prompt)
 
     def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return how to continue the prompts; `defaults` are those of `generation_config.json`."""
@@ -396,11 +414,43 @@ class TokenizeChatRequest(_Conversation):
     return_token_strs: bool = False
 
 
+def _kind_of_tokenize(body: Any) -> str:
+    chat = isinstance(body, TokenizeChatRequest) or (
+        isinstance(body, Mapping) and "messages" in body
+    )
+    return "of messages" if chat else "of a prompt"
+
+
+# Told apart by what there is, so that errors speak of one of them.
+AnyTokenizeRequest = Annotated[
+    Annotated[TokenizeChatRequest, Tag("of messages")]
+    | Annotated[TokenizeRequest, Tag("of a prompt")],
+    Discriminator(_kind_of_tokenize),
+]
+
+
 class ControlRequest(_Body):
     """The body of /v1/chat/completions/control: `id` is that of a running completion."""
 
     id: StrictStr
     action: Literal["reasoning_end"] = "reasoning_end"
+
+
+class EmbeddingsRequest(_Body):
+    """The body of /v1/embeddings; `pooling` and `normalize` are those of `LLM.embed`."""
+
+    input: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_read_prompt)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: StrictInt | None = None
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = True
+    cache_salt: StrictStr = ""
+    priority: StrictInt = 0
+    deadline_s: float | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the inputs one by one."""
+        return _split(self.input)
 
 
 class DetokenizeRequest(_Body):
@@ -423,6 +473,16 @@ def describe_invalid(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | No
         return f"{field} is missing", field
     message = first["msg"].removeprefix("Value error, ")
     return f"{field} is {_short(first['input'])}: {message}", field
+
+
+def _bias(given: Mapping[str, float] | None) -> tuple[tuple[int, float], ...]:
+    """Return biases by token id, which JSON can only have as text."""
+    for token in given or {}:
+        if not token.isdecimal() or len(token) > 12:
+            raise RequestError(
+                f"logit_bias has {_short(token)}: its keys must be token ids", param="logit_bias"
+            )
+    return tuple((int(token), bias) for token, bias in (given or {}).items())
 
 
 def _effort(effort: str | None) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def serving(directory: Path, log: Path, *flags: str) -> Iterator[str]:
             command, stderr=file, stdout=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
     try:
-        yield _address(process, log)
+        yield started(process, log)
     finally:
         process.terminate()
         try:
@@ -99,7 +99,8 @@ def serving(directory: Path, log: Path, *flags: str) -> Iterator[str]:
             raise
 
 
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+def started(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Return the address of a server, once it answers."""
     for _ in range(1200):
         found = re.search(r"serving .* on (http://\S+)", log.read_text())
         if found:

@@ -155,8 +155,28 @@ def test_errors_reach_the_client(client: openai.OpenAI) -> None:
         )
     assert caught.value.param == "guided_regex"
     assert [m.id for m in client.models.list()] == ["tiny"]
-    with pytest.raises(openai.NotFoundError, match="there is no route /v1/embeddings"):
-        client.embeddings.create(model="tiny", input="x")
+    with pytest.raises(openai.NotFoundError, match="there is no route /v1/images"):
+        client.images.generate(model="tiny", prompt="x")
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    reply = client.embeddings.create(model="tiny", input=["the quick brown", "number"])
+    again = client.embeddings.create(model="tiny", input="number", encoding_format="float")
+    assert len(reply.data[0].embedding) == SHAPE.hidden_size
+    assert sum(x * x for x in reply.data[0].embedding) == pytest.approx(1, abs=1e-5)
+    assert reply.data[1].embedding == pytest.approx(again.data[0].embedding, abs=1e-6)
+    assert reply.data[0].embedding != pytest.approx(reply.data[1].embedding, abs=1e-3)
+
+
+def test_biases_steer(client: openai.OpenAI, expected: dict[str, list[int]]) -> None:
+    """The likeliest token barred at every place, another one forced."""
+    prompt = PROMPTS[0]
+    first = expected[prompt][0]
+    options: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": 4, **GREEDY}
+    barred = client.completions.create(**options, logit_bias={str(first): -100}).choices[0]
+    assert first not in barred.token_ids  # type: ignore[attr-defined]
+    forced = client.completions.create(**options, logit_bias={"77": 100}).choices[0]
+    assert forced.token_ids == [77] * 4  # type: ignore[attr-defined]
 
 
 def test_a_disconnect_stops_the_generation(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A scripted engine with the interface of `AsyncEngine`, and the application over it."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from aprium.base.errors import EngineError, RequestError
-from aprium.base.records import Completion, SamplingParams
-from aprium.serve.app import ServeConfig, create_app
+from aprium.base.records import Completion, SamplingParams, Timings
+from aprium.engine.config import EngineStats
+from aprium.serve.app import create_app
+from aprium.serve.service import ServeConfig
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 from tests import family
@@ -29,7 +32,9 @@ class FakeEngine:
     def __init__(self, directory: Path) -> None:
         self.tokenizer = Tokenizer.load(directory)
         self.template = ChatTemplate.load(directory)
-        self.config = SimpleNamespace(model=str(directory))
+        self.config = SimpleNamespace(model=str(directory), max_num_seqs=4)
+        self.model_config = SimpleNamespace(hidden_size=3)
+        self.paused = False
         self.max_model_len = 500
         self.sessions = SimpleNamespace(get=None)
         self.generation_config = {"temperature": 0.5}
@@ -39,7 +44,10 @@ class FakeEngine:
         self.fail_after: int | None = None
         self.calls: list[tuple[tuple[int, ...], SamplingParams]] = []
         self.thinking = False
+        self.options: dict[str, Any] = {}
         self.told: list[str | None] = []
+        self.inner: Any = None
+        self.drafted = (0, 0)
         self.running = 0
         self.stopped = 0
         self.closed = False
@@ -110,7 +118,23 @@ class FakeEngine:
             finish=finish,
             stop_reason=END if finish == "stop" else None,
             index=index,
+            drafted=self.drafted[0],
+            accepted=self.drafted[1],
+            embedding=(3.0, 0.0, 4.0) if self.options.get("pooling") else None,
+            timings=Timings(queue_s=0.5, first_token_s=1.0, total_s=3.0),
         )
+
+    def stats(self) -> EngineStats:
+        counts = {field.name: 0 for field in dataclasses.fields(EngineStats)}
+        lists = {"drafts_compared": (9, 5), "drafts_accepted": (6, 2), "prefix_misses": {"new": 3}}
+        running = {"num_running": min(self.running, 4), "num_waiting": max(self.running - 4, 0)}
+        return EngineStats(**counts | lists | running | {"pages_total": 8, "pages_free": 6})
+
+    async def pause(self, paused: bool = True) -> None:
+        self.paused = paused
+
+    async def call(self, function: Callable[[Any], Any]) -> Any:
+        return function(self.inner)
 
     async def finish_thinking(self, request_id: str | None = None) -> int:
         self.told.append(request_id)

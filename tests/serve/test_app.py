@@ -9,7 +9,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from aprium.base.errors import EngineError
-from aprium.serve.app import ServeConfig, create_app
+from aprium.serve.app import create_app
+from aprium.serve.service import ServeConfig
 from tests.serve.conftest import FakeEngine
 
 USER = [{"role": "user", "content": "hi"}]
@@ -65,7 +66,9 @@ def test_chat_whole(client: TestClient, engine: FakeEngine) -> None:
         "total_tokens": len(tokens) + used,
         "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": len(engine.tokenizer.encode("why</think>"))
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+            "reasoning_tokens": len(engine.tokenizer.encode("why</think>")),
         },
     }
 
@@ -318,7 +321,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": [""]}, "stop", "non-empty"),
     ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "penalties"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "leave it out"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "must be token ids"),
     ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
     ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "both ask for a form"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "give one"),
@@ -649,4 +653,4 @@ def test_reasoning_tokens_of_calls_and_without_thinking(
         stream_options={"include_usage": True},
     )  # fmt: skip
     details = chunks[-1]["usage"]["completion_tokens_details"]
-    assert details == {"reasoning_tokens": counted(tools=[TOOL])}
+    assert details["reasoning_tokens"] == counted(tools=[TOOL])

@@ -75,7 +75,7 @@ def test_neutral_values_pass(value: Any) -> None:
     chat(presence_penalty=value, best_of=1, prompt_logprobs=None).refuse_unsupported()
 
 
-@pytest.mark.parametrize("body", [{"prompt_logprobs": 0}, {"truncate_prompt_tokens": 5}])
+@pytest.mark.parametrize("body", [{"length_penalty": 0}, {"truncate_prompt_tokens": 5}])
 def test_other_values_are_refused(body: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**body).refuse_unsupported()
