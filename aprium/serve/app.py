@@ -20,6 +20,7 @@ import aprium
 from aprium.base.errors import ApriumError
 from aprium.serve.completions import CompletionRoutes
 from aprium.serve.guard import Guard
+from aprium.serve.messages import MessageRoutes
 from aprium.serve.operations import OperationRoutes
 from aprium.serve.service import ServeConfig, Service
 from aprium.serve.sessions import SessionRoutes
@@ -90,7 +91,7 @@ def create_app(engine: "AsyncEngine", config: ServeConfig) -> FastAPI:
 def _routes(service: Service) -> list[Route]:
     """Return method, path and handler of every route."""
     openai, sessions = CompletionRoutes(service), SessionRoutes(service.engine)
-    operations = OperationRoutes(service)
+    operations, messages = OperationRoutes(service), MessageRoutes(service)
     return [
         ("POST", "/v1/chat/completions", openai.chat),
         ("POST", "/v1/chat/completions/control", openai.control),
@@ -98,6 +99,8 @@ def _routes(service: Service) -> list[Route]:
         ("POST", "/v1/embeddings", openai.embed),
         ("GET", "/v1/models", openai.models),
         ("GET", "/v1/models/{name:path}", openai.model),
+        ("POST", "/v1/messages", messages.create),
+        ("POST", "/v1/messages/count_tokens", messages.count_tokens),
         ("POST", "/tokenize", openai.tokenize),
         ("POST", "/detokenize", openai.detokenize),
         ("POST", "/v1/sessions", sessions.create),

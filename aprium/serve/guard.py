@@ -60,7 +60,8 @@ class Guard:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 facts["status"] = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                added = MutableHeaders(scope=message)
+                added["x-request-id"] = added["request-id"] = request_id
             await send(message)
 
         try:
