@@ -22,6 +22,7 @@ from aprium.serve.completions import CompletionRoutes
 from aprium.serve.guard import Guard
 from aprium.serve.messages import MessageRoutes
 from aprium.serve.operations import OperationRoutes
+from aprium.serve.responses import ResponseRoutes
 from aprium.serve.service import ServeConfig, Service
 from aprium.serve.sessions import SessionRoutes
 from aprium.serve.transport import Json, on_error, on_http, on_invalid
@@ -92,6 +93,7 @@ def _routes(service: Service) -> list[Route]:
     """Return method, path and handler of every route."""
     openai, sessions = CompletionRoutes(service), SessionRoutes(service.engine)
     operations, messages = OperationRoutes(service), MessageRoutes(service)
+    responses = ResponseRoutes(service)
     return [
         ("POST", "/v1/chat/completions", openai.chat),
         ("POST", "/v1/chat/completions/control", openai.control),
@@ -99,6 +101,11 @@ def _routes(service: Service) -> list[Route]:
         ("POST", "/v1/embeddings", openai.embed),
         ("GET", "/v1/models", openai.models),
         ("GET", "/v1/models/{name:path}", openai.model),
+        ("POST", "/v1/responses", responses.create),
+        ("GET", "/v1/responses/{id}", responses.get),
+        ("DELETE", "/v1/responses/{id}", responses.delete),
+        ("POST", "/v1/responses/{id}/cancel", responses.cancel),
+        ("GET", "/v1/responses/{id}/input_items", responses.input_items),
         ("POST", "/v1/messages", messages.create),
         ("POST", "/v1/messages/count_tokens", messages.count_tokens),
         ("POST", "/tokenize", openai.tokenize),

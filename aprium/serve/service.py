@@ -189,13 +189,24 @@ class Service:
         turn: "Turn | None" = None,
         **options: Any,
     ) -> Response:
-        """Generate and reply, whole or as a stream, which then holds the ticket."""
+        """Generate and reply."""
         facts = request.scope["state"]["facts"]
         facts["request"] = reply.id
         completions = await self.start(
             ticket, reply.id, prompts, params, body, turn, facts, **options
         )
-        if body.stream:
+        return await self.reply(request, ticket, reply, completions, body.stream)
+
+    async def reply(
+        self,
+        request: Request,
+        ticket: Ticket,
+        reply: Reply,
+        completions: AsyncGenerator[Completion, None],
+        stream: bool,
+    ) -> Response:
+        """Send `completions`, whole or as a stream, which then holds the ticket."""
+        if stream:
             ticket.handed = True
             return EventStream(_events(reply, completions), ticket.release)
         try:

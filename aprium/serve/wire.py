@@ -7,7 +7,7 @@ changes nothing; every other unknown field is ignored, as clients send many. No 
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -82,24 +82,31 @@ def _split(given: Any) -> list[str | list[int]]:
     return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
 
 
-class _Body(BaseModel):
-    """What all bodies share; fields not named stay in `model_extra`."""
+class UnsupportedFields(BaseModel):
+    """A body whose fields not named stay in `model_extra`, where those in `refused` are found."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    model: StrictStr | None = None
+    refused: ClassVar[Mapping[str, tuple[Sequence[Any], str]]] = {}
 
     def refuse_unsupported(self) -> None:
         """Raise RequestError for a field that would change the answer and is not supported."""
         for name, value in (self.model_extra or {}).items():
-            if name not in _REFUSED:
+            if name not in self.refused:
                 continue
-            neutral, remedy = _REFUSED[name]
+            neutral, remedy = self.refused[name]
             if value not in neutral:
                 raise RequestError(
                     f"{name} is {_short(value)}, which this server does not support: {remedy}",
                     param=name,
                 )
+
+
+class _Body(UnsupportedFields):
+    """What OpenAI's older bodies share."""
+
+    refused = _REFUSED
+
+    model: StrictStr | None = None
 
 
 class StreamOptions(BaseModel):

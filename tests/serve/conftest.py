@@ -1,8 +1,9 @@
 """A scripted engine with the interface of `AsyncEngine`, and the application over it."""
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,10 @@ from starlette.testclient import TestClient
 
 from aprium.base.errors import EngineError, RequestError
 from aprium.base.records import Completion, SamplingParams, Timings
-from aprium.engine.config import EngineStats
+from aprium.checkpoint.load import Checkpoint
+from aprium.engine.client import AsyncEngine
+from aprium.engine.config import EngineConfig, EngineStats
+from aprium.engine.engine import load
 from aprium.serve.app import create_app
 from aprium.serve.service import ServeConfig
 from aprium.text.chat import ChatTemplate
@@ -32,7 +36,7 @@ class FakeEngine:
     def __init__(self, directory: Path) -> None:
         self.tokenizer = Tokenizer.load(directory)
         self.template = ChatTemplate.load(directory)
-        self.config = SimpleNamespace(model=str(directory), max_num_seqs=4)
+        self.config = SimpleNamespace(model=str(directory), max_num_seqs=4, session_dir=None)
         self.model_config = SimpleNamespace(hidden_size=3)
         self.paused = False
         self.max_model_len = 500
@@ -170,3 +174,26 @@ def make_client(engine: FakeEngine) -> Callable[..., TestClient]:
 @pytest.fixture
 def client(make_client: Callable[..., TestClient]) -> TestClient:
     return make_client()
+
+
+@pytest.fixture(scope="session")
+def pico() -> Checkpoint:
+    return load(EngineConfig(model="pico"))
+
+
+@pytest.fixture
+def serve(pico: Checkpoint, tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
+    """A function that starts a server over one directory; each start is a new process'."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**options: Any) -> TestClient:
+            config = EngineConfig(
+                model="pico", session_dir=tmp_path, max_model_len=1024, max_num_seqs=4
+            )
+            engine = AsyncEngine(config, pico)
+            app = create_app(engine, ServeConfig(**{"names": ("pico",), **options}))
+            client = stack.enter_context(TestClient(app))
+            client.engine = engine  # type: ignore[attr-defined]
+            return client
+
+        yield start

@@ -3,45 +3,12 @@
 import asyncio
 import json
 
-import pytest
-from starlette.testclient import TestClient
-
 from aprium.base.records import SamplingParams
-from aprium.engine.client import AsyncEngine
-from aprium.engine.config import EngineConfig
-from aprium.engine.engine import load
 from aprium.engine.sessions import Running
-from aprium.serve.app import ServeConfig, create_app
 from aprium.serve.sessions import Turn, new_turn
 from aprium.serve.wire import ChatRequest
 
 QUIET = {"chat_template_kwargs": {"enable_thinking": False}, "temperature": 0, "max_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    return load(EngineConfig(model="pico"))
-
-
-@pytest.fixture
-def serve(checkpoint, tmp_path):
-    """Return a function that starts a server over one directory; each start is a new process'."""
-    clients = []
-
-    def start():
-        config = EngineConfig(
-            model="pico", session_dir=tmp_path, max_model_len=1024, max_num_seqs=4
-        )
-        engine = AsyncEngine(config, checkpoint)
-        client = TestClient(create_app(engine, ServeConfig(names=("pico",))))
-        client.__enter__()
-        clients.append(client)
-        client.engine = engine
-        return client
-
-    yield start
-    for client in clients:
-        client.__exit__(None, None, None)
 
 
 def chat(client, text, **options):
