@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import aprium
 from aprium.base.errors import ApriumError
 from aprium.serve.completions import CompletionRoutes
+from aprium.serve.document import describe
 from aprium.serve.guard import Guard
 from aprium.serve.messages import MessageRoutes
 from aprium.serve.operations import OperationRoutes
@@ -31,21 +31,6 @@ if TYPE_CHECKING:
     from aprium.engine.client import AsyncEngine
 
 Route = tuple[str, str, Callable[..., Any]]
-
-
-class ErrorDetails(BaseModel):
-    """What went wrong; `param` names the field."""
-
-    message: str
-    type: str
-    param: str | None
-    code: int
-
-
-class ErrorReply(BaseModel):
-    """The body of every error."""
-
-    error: ErrorDetails
 
 
 def create_app(engine: "AsyncEngine", config: ServeConfig) -> FastAPI:
@@ -81,11 +66,10 @@ def create_app(engine: "AsyncEngine", config: ServeConfig) -> FastAPI:
     app.add_exception_handler(ApriumError, on_error)
     app.add_exception_handler(Exception, on_error)
     app.state.service = service = Service(engine, config)
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorReply} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503)
-    }
     for method, path, handler in _routes(service):
-        app.add_api_route(path, handler, methods=[method], response_model=None, responses=errors)
+        app.add_api_route(path, handler, methods=[method], response_model=None)
+    document = describe(app, bool(config.api_keys))
+    app.openapi = lambda: document
     return app
 
 

@@ -176,12 +176,7 @@ class CompletionRoutes:
     async def detokenize(self, body: DetokenizeRequest) -> Response:
         """Return the text of token ids, special tokens included."""
         self._service.check_model(body.model)
-        for token in body.tokens:
-            if not 0 <= token < self._tokenizer.vocab_size:
-                size = self._tokenizer.vocab_size
-                raise RequestError(
-                    f"token id {token} is not in the vocabulary of {size}", param="tokens"
-                )
+        self._check_ids(body.tokens, "tokens")
         return Json({"prompt": self._tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -207,7 +202,18 @@ class CompletionRoutes:
         return await asyncio.to_thread(work)
 
     def _echo(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, False)
+        if isinstance(prompt, str):
+            return prompt
+        self._check_ids(prompt, "prompt")
+        return self._tokenizer.decode(prompt, False)
+
+    def _check_ids(self, tokens: Sequence[int], param: str) -> None:
+        size = self._tokenizer.vocab_size
+        for token in tokens:
+            if not 0 <= token < size:
+                raise RequestError(
+                    f"token id {token} is not in the vocabulary of {size}", param=param
+                )
 
 
 def _vector(values: Sequence[float], body: EmbeddingsRequest) -> list[float] | str:

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from aprium.base.errors import (
@@ -94,10 +95,20 @@ async def on_http(request: Request, error: Exception) -> Response:
     message = str(error.detail)
     if error.status_code == 404 and message == HTTPStatus.NOT_FOUND.phrase:
         message = f"there is no route {request.url.path}"
+    headers = dict(error.headers or {})
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        headers["Allow"] = allowed = ", ".join(_methods(request))
         message = f"{request.url.path} does not take {request.method}: use {allowed}"
-    return error_response(request.url.path, error.status_code, message, headers=error.headers)
+    return error_response(request.url.path, error.status_code, message, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """Return what the path of a request takes; the framework names one route's methods only."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.path_regex.match(request.url.path):
+            found |= route.methods or set()
+    return sorted(found)
 
 
 async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:

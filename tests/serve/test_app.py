@@ -654,3 +654,15 @@ def test_reasoning_tokens_of_calls_and_without_thinking(
     )  # fmt: skip
     details = chunks[-1]["usage"]["completion_tokens_details"]
     assert details["reasoning_tokens"] == counted(tools=[TOOL])
+
+
+def test_echo_of_ids_that_are_none(client: TestClient) -> None:
+    body = {"prompt": [6019365, -188, 46386570779], "echo": True}
+    assert failure(client.post("/v1/completions", json=body), 400)["param"] == "prompt"
+
+
+def test_all_methods_of_a_path_are_named(client: TestClient) -> None:
+    for method in ("OPTIONS", "PUT"):
+        response = client.request(method, "/v1/responses/x")
+        assert "DELETE, GET" in failure(response, 405)["message"]
+        assert response.headers["allow"] == "DELETE, GET"
