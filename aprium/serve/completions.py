@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from aprium.base.errors import RequestError, SessionError
 from aprium.base.records import SamplingParams
+from aprium.serve.keys import owner_of
 from aprium.serve.reply import TextReply
 from aprium.serve.service import Prompt, Service, collect
 from aprium.serve.sessions import ResumeSession, Turn, new_turn
@@ -44,12 +45,14 @@ class CompletionRoutes:
         body.refuse_unsupported()
         with service.admit(request, body.best_of or body.n) as ticket:
             params = service.sampling(body)
-            record = self._engine.sessions.get(body.session) if body.session is not None else None
-            past = record.messages if record is not None else ()
+            record, past, turns = None, [], 0
+            if body.session is not None:
+                record = self._engine.sessions.get(body.session, owner_of(request.headers))
+                past, turns = list(record.messages), record.turns
             prompt = await service.render(body, past)
             turn = None
             if record is not None:
-                running = new_turn(body, prompt.tokens, params, service.tools(body))
+                running = new_turn(body, prompt.tokens, params, service.tools(body), turns)
                 params = running.params
                 turn = Turn(self._engine, record, running, prompt.thinking)
             reply = service.chat_reply(body, prompt)
@@ -61,7 +64,7 @@ class CompletionRoutes:
         self, id: str, request: Request, body: ResumeSession | None = None
     ) -> Response:
         """Finish a turn of a session that was cut off; the answer is that of a chat."""
-        record = self._engine.sessions.get(id)
+        record = self._engine.sessions.get(id, owner_of(request.headers))
         running = record.running
         if running is None or not record.interrupted:
             raise SessionError(f"session {id!r} has no turn to resume", "busy")

@@ -1,7 +1,8 @@
 """Keys that let clients in: kept as hashes, compared in constant time, never written anywhere.
 
 A hash is keyed by random bytes of this process, so it is of no use outside it, and a share of the
-engine that is named after it tells nothing.
+engine that is named after it tells nothing. Only sessions, which outlive the process, are marked
+with a plain hash of the key that they belong to.
 """
 
 import hashlib
@@ -45,6 +46,12 @@ def share_of(headers: Headers) -> str:
     """Name the client that fair shares and limits are counted for; "" is everybody without key."""
     key = key_of(headers)
     return _hash(key).hex()[:16] if key else ""
+
+
+def owner_of(headers: Headers) -> str:
+    """Name the client whose sessions are its own; the same in the next process, and one-way."""
+    key = key_of(headers)
+    return hashlib.blake2b(key.encode("utf-8", "surrogateescape")).hexdigest()[:32] if key else ""
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

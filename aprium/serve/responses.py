@@ -23,6 +23,7 @@ from aprium.base.errors import ApriumError, RequestError, SessionError
 from aprium.base.log import get_logger
 from aprium.base.records import Completion, Message
 from aprium.serve.admission import Ticket
+from aprium.serve.keys import owner_of
 from aprium.serve.response_reply import ResponseReply
 from aprium.serve.responses_wire import CreateResponse
 from aprium.serve.service import Prompt, Service
@@ -144,8 +145,10 @@ class ResponseRoutes:
         service = self._service
         params, turn = service.sampling(chat), None
         if reply.response["store"]:
-            record = await self._begin(reply.id, before, chat.cache_salt)
-            running = new_turn(chat, prompt.tokens, params, service.tools(chat))
+            owner = owner_of(request.headers)
+            record = await self._begin(reply.id, before, chat.cache_salt, owner)
+            turns = record.turns
+            running = new_turn(chat, prompt.tokens, params, service.tools(chat), turns)
             params = running.params
             turn = Turn(service.engine, record, running, prompt.thinking)
         facts = request.scope["state"]["facts"]
@@ -259,11 +262,13 @@ class ResponseRoutes:
             )
         return self._sessions.get(id)
 
-    async def _begin(self, id: str, before: "SessionRecord | None", salt: str) -> "SessionRecord":
+    async def _begin(
+        self, id: str, before: "SessionRecord | None", salt: str, owner: str
+    ) -> "SessionRecord":
         """Begin the session of a response."""
         if before is not None:
             return await asyncio.to_thread(self._sessions.fork, before.id, id)
-        return await asyncio.to_thread(self._sessions.create, id, (), salt)
+        return await asyncio.to_thread(self._sessions.create, id, (), salt, owner)
 
 
 def _read(path: Path) -> Stored | None:

@@ -12,9 +12,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, StrictStr
+from starlette.requests import Request
 
 from aprium.base.errors import RequestError
 from aprium.base.records import Completion, SamplingParams
+from aprium.serve.keys import owner_of
 from aprium.serve.wire import ChatRequest, WireMessage
 from aprium.text.messages import read_message
 from aprium.text.parse import parse
@@ -86,34 +88,47 @@ class SessionRoutes:
     def __init__(self, engine: "AsyncEngine") -> None:
         self._sessions = engine.sessions
 
-    async def create(self, body: CreateSession) -> dict[str, Any]:
+    async def create(self, body: CreateSession, request: Request) -> dict[str, Any]:
         """Begin a session."""
+        owner = owner_of(request.headers)
         messages = [m.to_message(f"messages[{i}]") for i, m in enumerate(body.messages)]
         create = self._sessions.create
-        return describe(await asyncio.to_thread(create, body.id, messages, body.cache_salt))
+        made = await asyncio.to_thread(create, body.id, messages, body.cache_salt, owner)
+        return describe(made)
 
-    async def all(self) -> dict[str, Any]:
-        """List the sessions."""
-        return {"object": "list", "data": [describe(r) for r in self._sessions.all()]}
+    async def all(self, request: Request) -> dict[str, Any]:
+        """List the sessions of this client."""
+        owner = owner_of(request.headers)
+        own = [record for record in self._sessions.all() if record.owner == owner]
+        return {"object": "list", "data": [describe(record) for record in own]}
 
-    async def get(self, id: str) -> dict[str, Any]:
+    async def get(self, id: str, request: Request) -> dict[str, Any]:
         """Return one, with its messages."""
-        return describe(self._sessions.get(id), whole=True)
+        return describe(self._own(id, request), whole=True)
 
-    async def fork(self, id: str, body: ForkSession | None = None) -> dict[str, Any]:
+    async def fork(
+        self, id: str, request: Request, body: ForkSession | None = None
+    ) -> dict[str, Any]:
         """Begin another with the same past."""
+        self._own(id, request)
         new = body.id if body is not None else None
         return describe(await asyncio.to_thread(self._sessions.fork, id, new))
 
-    async def save(self, id: str) -> dict[str, Any]:
+    async def save(self, id: str, request: Request) -> dict[str, Any]:
         """Write one down to the server's directory of sessions."""
+        self._own(id, request)
         await asyncio.to_thread(self._sessions.save, id)
         return describe(self._sessions.get(id))
 
-    async def delete(self, id: str) -> dict[str, Any]:
+    async def delete(self, id: str, request: Request) -> dict[str, Any]:
         """Forget one."""
+        self._own(id, request)
         await asyncio.to_thread(self._sessions.delete, id)
         return {"id": id, "object": "session", "deleted": True}
+
+    def _own(self, id: str, request: Request) -> "SessionRecord":
+        """Return a session of the client that asks; raises SessionError where it has none."""
+        return self._sessions.get(id, owner_of(request.headers))
 
 
 class Turn:
@@ -138,18 +153,25 @@ class Turn:
     ) -> AsyncGenerator[Completion, None]:
         """Yield `completions`, writing down what they come to."""
         last: Completion | None = None
-        await asyncio.to_thread(self._sessions.begin, self.record.id, self._running)
+        sessions, record = self._sessions, self.record
+        begin = asyncio.ensure_future(asyncio.to_thread(sessions.begin, record.id, self._running))
+        ended: asyncio.Future[None] | None = None
         try:
+            await asyncio.shield(begin)
             async for last in completions:
-                self._sessions.note(self.record, last)
+                sessions.note(record, last)
                 if last.finish not in (None, "abort"):
-                    await self._end(last)
+                    ended = asyncio.ensure_future(self._end(last))
+                    await asyncio.shield(ended)
                 yield last
         finally:
+            # What threads do goes on when this is cancelled, so it is waited for.
+            await asyncio.gather(begin, *([ended] if ended else ()), return_exceptions=True)
             if isinstance(completions, AsyncGenerator):
                 await completions.aclose()
-            if self.record.busy:  # the client is gone, or the engine failed: it can be resumed
-                self._sessions.end(self.record, None)
+            mine = begin.done() and not begin.cancelled() and begin.exception() is None
+            if mine and record.busy:  # the client is gone, or the engine failed: can be resumed
+                sessions.end(record, None)
 
     async def _end(self, completion: Completion) -> None:
         answer = None
@@ -172,16 +194,18 @@ def new_turn(
     tokens: Sequence[int],
     params: SamplingParams,
     tools: Sequence[Mapping[str, Any]],
+    turns: int = 0,
 ) -> "Running":
-    """Return what is written down of a turn that begins."""
+    """Return what is written down of a turn that begins, after `turns` others."""
     from aprium.engine.sessions import Running
 
-    if params.n > 1:
+    if params.n > 1 or (params.best_of or 1) > 1:
         raise RequestError(f"n is {params.n}: a session has one answer, fork it", param="n")
     seed = random.getrandbits(62) if params.seed is None else params.seed
     return Running(
         prompt=tuple(tokens),
         params=dataclasses.replace(params, seed=seed),
         messages=body.records(),
+        turn=turns,
         options={"tools": list(tools), "body": body.model_dump(mode="json", exclude_unset=True)},
     )

@@ -122,3 +122,24 @@ def test_a_client_that_goes_away_leaves_a_turn_to_resume(serve):
     assert record.interrupted and not record.busy
     resumed = client.post("/v1/sessions/s/resume").json()
     assert resumed["usage"]["completion_tokens"] == 400
+
+
+def test_sessions_belong_to_the_key_that_made_them(serve):
+    client = serve()
+    alice, bob = ({"Authorization": f"Bearer {name}"} for name in ("alice", "bob"))
+    assert client.post("/v1/sessions", json={"id": "s"}, headers=alice).status_code == 200
+    assert client.get("/v1/sessions", headers=bob).json()["data"] == []
+    for method, path in (
+        ("GET", "/v1/sessions/s"),
+        ("DELETE", "/v1/sessions/s"),
+        ("POST", "/v1/sessions/s/fork"),
+        ("POST", "/v1/sessions/s/save"),
+        ("POST", "/v1/sessions/s/resume"),
+    ):
+        assert client.request(method, path, headers=bob).status_code == 404, path
+    body = {"messages": [{"role": "user", "content": "x"}], "session": "s", **QUIET}
+    assert client.post("/v1/chat/completions", json=body, headers=bob).status_code == 404
+    assert client.post("/v1/chat/completions", json=body, headers=alice).status_code == 200
+    later = serve()  # the next process knows them, too
+    assert later.get("/v1/sessions/s", headers=alice).json()["num_messages"] == 2
+    assert later.get("/v1/sessions/s", headers=bob).status_code == 404
