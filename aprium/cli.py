@@ -79,27 +79,60 @@ def cli() -> None:
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
 @click.option("--system", help="A system message.")
 @click.option("--no-thinking", is_flag=True, help="Answer without reasoning first.")
+@click.option("--url", help="Talk to the OpenAI-compatible server here, as http://HOST:PORT.")
+@click.option("--api-key", envvar="APRIUM_API_KEY", help="Its key (env: APRIUM_API_KEY).")
 @_sampling_options
 @_engine_options
-def chat(words: tuple[str, ...], system: str | None, no_thinking: bool, **options: Any) -> None:
-    """Talk to a model (pico when none is named).
+def chat(
+    words: tuple[str, ...],
+    system: str | None,
+    no_thinking: bool,
+    url: str | None,
+    api_key: str | None,
+    **options: Any,
+) -> None:
+    """Talk to a model (pico when none is named), here or with --url on a server.
 
     With PROMPT answers once; without it holds a conversation. MODEL is a checkpoint directory, a
-    hub id, or pico. A single argument that is none of these is the prompt.
+    hub id, or pico; with --url a name that the server has, the first when none is given. A single
+    argument that is none of these is the prompt.
     """
-    model, prompt = _model_and_prompt(words)
-    configure_logging("WARNING")
-    from aprium.engine.client import LLM
-    from aprium.serve.terminal import Chat, interact
-
     sampling, engine = _split(options)
+    configure_logging("WARNING")
+    if url is not None:
+        model, prompt = _remote_model_and_prompt(words)
+        from aprium.serve.remote import RemoteSpeaker
+
+        with RemoteSpeaker(url, model=model, key=api_key, options=sampling) as speaker:
+            _talk(speaker, prompt, not no_thinking, system)
+        return
+    model, prompt = _model_and_prompt(words)
+    from aprium.engine.client import LLM
+    from aprium.serve.terminal import LocalSpeaker
+
     with LLM(model, **engine) as llm:
         params = _params(llm, sampling, max_tokens=sampling.get("max_tokens"))
-        talk = Chat(llm, params, thinking=not no_thinking, system=system)
-        if prompt is None:
-            interact(talk)
-        else:
-            talk.ask(prompt)
+        _talk(LocalSpeaker(llm, params), prompt, not no_thinking, system)
+
+
+def _talk(speaker: Any, prompt: str | None, thinking: bool, system: str | None) -> None:
+    from aprium.serve.terminal import Chat, interact
+
+    talk = Chat(speaker, thinking=thinking, system=system)
+    if prompt is None:
+        interact(talk)
+    else:
+        talk.ask(prompt)
+
+
+def _remote_model_and_prompt(words: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """Tell a server's model from the prompt: one word that has a space in it is a prompt."""
+    if len(words) > 2:
+        raise click.UsageError("give at most a model and a prompt; put a prompt in quotes")
+    if len(words) == 2:
+        return words[0], words[1]
+    word = words[0] if words else None
+    return (None, word) if word is None or " " in word or word.endswith("?") else (word, None)
 
 
 @cli.command()
@@ -186,6 +219,30 @@ def serve(name: str | None, **values: Any) -> None:
     from aprium.serve.launch import launch
 
     launch(name or flags["model"] or "pico", flags)
+
+
+@cli.command(cls=_ServeCommand, name="run-batch")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+def run_batch(source: Path, target: Path, **values: Any) -> None:
+    """Answer a file of requests, in the form of OpenAI's batches, into another.
+
+    A run that was stopped goes on with the same command. The model is --model (pico when none is
+    named); the other flags are those of serve. Ends with status 1 when an answer is an error.
+    """
+    from aprium.serve.flags import read
+
+    flags, _ = read({key.replace("_", "-"): value for key, value in values.items()})
+    configure_logging()
+    from aprium.serve.batch import run
+
+    report = run(flags["model"] or "pico", flags, source, target)
+    click.echo(
+        f"{target}: {report.answered} answered, {report.failed} refused, "
+        f"{report.done_before} answered before"
+    )
+    if report.failed:
+        sys.exit(1)
 
 
 @cli.command()

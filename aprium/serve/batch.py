@@ -8,9 +8,10 @@ so a run that was stopped goes on with the same command.
 """
 
 import asyncio
+import dataclasses
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,16 +19,12 @@ from typing import Any, TextIO
 import httpx2
 
 from aprium.base.errors import DataError
-from aprium.base.log import get_logger
+from aprium.serve.app import create_app
+from aprium.serve.launch import make_engine
 
 URLS = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/embeddings",
-    "/v1/responses",
-    "/v1/messages",
-)
-logger = get_logger("batch")
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +94,25 @@ async def run_batch(app: Any, source: Path, target: Path, concurrency: int = 64)
 
             await asyncio.gather(*(work() for _ in range(concurrency)))
     return report
+
+
+def run(model: str, flags: Mapping[str, Any], source: Path, target: Path) -> Report:
+    """Load `model` as `aprium serve` does and answer a batch; `flags` are the values by name.
+
+    Raises DataError before the model is loaded where a line is wrong.
+    """
+    read_items(source)
+    engine, config = make_engine(model, flags)
+    config = dataclasses.replace(config, api_keys=(), allowed_hosts=(), log_requests=False)
+
+    async def work() -> Report:
+        try:
+            concurrency = 2 * engine.config.max_num_seqs
+            return await run_batch(create_app(engine, config), source, target, concurrency)
+        finally:
+            await engine.close()
+
+    return asyncio.run(work())
 
 
 async def _answer(client: httpx2.AsyncClient, item: Item, file: TextIO, report: Report) -> None:

@@ -64,44 +64,49 @@ def launch(model: str, flags: Mapping[str, Any]) -> None:
 
     Raises ApriumError when a flag, a file, the address or the checkpoint cannot be used.
     """
-    if flags["download-dir"]:
-        os.environ["HF_HUB_CACHE"] = flags["download-dir"]
-    config = engine_config(model, flags)
     listener = _listen(flags["host"], flags["port"])
     try:
-        if config.load_format == "dummy" and not Path(model).is_dir():
-            raise ConfigError(
-                f"{model} has no tokenizer to serve random weights with: give a directory that "
-                "holds config.json and the tokenizer files"
-            )
-        directory = resolve(model)
-        _check_quantization(flags["quantization"], directory)
-        template = flags["chat-template"]
-        chat_template = ChatTemplate.load(directory, template) if template else None
-        sampling = sampling_defaults(directory, flags)
-        thinking = thinking_defaults(flags)
-        guards = guard_options(flags)
-        engine = AsyncEngine(config, load(config))
-        if engine.tokenizer is None:
-            raise CheckpointError(
-                f"{directory} has no tokenizer.json: copy the tokenizer files of the checkpoint "
-                "into that directory"
-            )
-        engine.template = chat_template or engine.template
-        serve = ServeConfig(
-            names=tuple(flags["served-model-name"] or (model,)),
-            template_kwargs=flags["default-chat-template-kwargs"] or {},
-            sampling=sampling,
-            thinking_budget=thinking.thinking_budget,
-            thinking_message=thinking.thinking_message,
-            stable_prompts=flags["stable-prompts"],
-            log_requests=flags["enable-log-requests"] and not flags["disable-log-requests"],
-            max_stored_responses=flags["max-stored-responses"],
-            **guards,
-        )
+        engine, serve = make_engine(model, flags)
         _run(engine, serve, listener, flags)
     finally:
         listener.close()
+
+
+def make_engine(model: str, flags: Mapping[str, Any]) -> tuple[AsyncEngine, ServeConfig]:
+    """Load `model` as `flags` ask for it; what can be wrong with them is found before."""
+    if flags["download-dir"]:
+        os.environ["HF_HUB_CACHE"] = flags["download-dir"]
+    config = engine_config(model, flags)
+    if config.load_format == "dummy" and not Path(model).is_dir():
+        raise ConfigError(
+            f"{model} has no tokenizer to serve random weights with: give a directory that "
+            "holds config.json and the tokenizer files"
+        )
+    directory = resolve(model)
+    _check_quantization(flags["quantization"], directory)
+    template = flags["chat-template"]
+    chat_template = ChatTemplate.load(directory, template) if template else None
+    sampling = sampling_defaults(directory, flags)
+    thinking = thinking_defaults(flags)
+    guards = guard_options(flags)
+    engine = AsyncEngine(config, load(config))
+    if engine.tokenizer is None:
+        raise CheckpointError(
+            f"{directory} has no tokenizer.json: copy the tokenizer files of the checkpoint "
+            "into that directory"
+        )
+    engine.template = chat_template or engine.template
+    return engine, ServeConfig(
+        names=tuple(flags["served-model-name"] or (model,)),
+        template_kwargs=flags["default-chat-template-kwargs"] or {},
+        sampling=sampling,
+        thinking_budget=thinking.thinking_budget,
+        thinking_message=thinking.thinking_message,
+        stable_prompts=flags["stable-prompts"],
+        log_requests=flags["enable-log-requests"] and not flags["disable-log-requests"],
+        max_stored_responses=flags["max-stored-responses"],
+        **guards,
+    )
 
 
 def engine_config(model: str, flags: Mapping[str, Any]) -> EngineConfig:

@@ -4,28 +4,74 @@ Turns are kept as messages, so a conversation is rendered by the checkpoint's ow
 time, as over HTTP. Without a terminal the same text comes out plain.
 """
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 from rich.console import Console
 
-from aprium.base.errors import RequestError, TemplateError
-from aprium.base.records import Completion, Message, SamplingParams
+from aprium.base.errors import EngineError, RequestError, TemplateError
+from aprium.base.records import Message, SamplingParams
 from aprium.engine.client import LLM
-from aprium.text.chat import starts_in_reasoning
 from aprium.text.parse import Event, StreamParser, gather
 
 HELP = "/reset starts over, /thinking switches thinking on or off, /quit or Ctrl-D leaves."
 
 
+@dataclass(slots=True, kw_only=True)
+class Said:
+    """What has come of an answer: new `events`, and counts and times so far."""
+
+    events: list[Event]
+    num_tokens: int = 0
+    first_token_s: float = 0.0
+    finish: str | None = None
+
+
+class Speaker(Protocol):
+    """Whoever answers: a model in this process, or a server."""
+
+    def answer(self, messages: Sequence[Message], thinking: bool) -> Iterator[Said]:
+        """Yield an answer as it comes; closing it stops the answer."""
+        ...
+
+
+class LocalSpeaker:
+    """A model in this process."""
+
+    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+        self._llm, self._params = llm, params
+
+    def answer(self, messages: Sequence[Message], thinking: bool) -> Iterator[Said]:
+        """Yield the answer as it comes."""
+        switches = {"enable_thinking": thinking}
+        stream = self._llm.stream(list(messages), self._params, chat_template_kwargs=switches)
+        parser: StreamParser | None = None
+        printed = ""
+        for completion in stream:
+            if parser is None:  # from the prompt's own end, since a template may know no thinking
+                opened = self._llm.opens_reasoning(completion.prompt_tokens)
+                parser = StreamParser(thinking=opened)
+            events = parser.push(completion.text[len(printed) :])
+            printed = completion.text
+            if completion.finish is not None:
+                events += parser.finish()
+            yield Said(
+                events=events,
+                num_tokens=len(completion.tokens),
+                first_token_s=completion.timings.first_token_s,
+                finish=completion.finish,
+            )
+
+
 @dataclass
 class Chat:
-    """A conversation with one model, printed as it goes."""
+    """A conversation with one speaker, printed as it goes."""
 
-    llm: LLM
-    params: SamplingParams
+    speaker: Speaker
     thinking: bool = True
     system: str | None = None
     console: Console = field(
@@ -41,27 +87,21 @@ class Chat:
         """
         self.history.append(Message(role="user", content=text))
         system = [Message(role="system", content=self.system)] if self.system else []
-        parser = StreamParser(thinking=False)
         events: list[Event] = []
         begin = time.perf_counter()
-        last: Completion | None = None
-        printed = ""
+        last: Said | None = None
         self._reasoning = False
-        stream = self.llm.stream(
-            [*system, *self.history],
-            self.params,
-            chat_template_kwargs={"enable_thinking": self.thinking},
-        )
         try:
-            for last in stream:
-                if not printed:
-                    parser = StreamParser(thinking=self._starts_in_reasoning(last))
-                new = parser.push(last.text[len(printed) :])
-                printed = last.text
-                events += self._show(new)
+            with contextlib.closing(
+                cast(
+                    Generator[Said],
+                    self.speaker.answer([*system, *self.history], self.thinking),
+                )
+            ) as stream:
+                for last in stream:
+                    events += self._show(last.events)
         except KeyboardInterrupt:
             self.console.print("\n[stopped]", style="yellow", markup=False)
-        events += self._show(parser.finish())
         self.console.print()
         reply = gather(events)
         self.history.append(
@@ -69,12 +109,6 @@ class Chat:
         )
         if last is not None:
             self._show_speed(last, time.perf_counter() - begin)
-
-    def _starts_in_reasoning(self, completion: Completion) -> bool:
-        """Tell from the prompt's own end, since a template may know no thinking."""
-        assert self.llm.tokenizer is not None
-        tail = list(completion.prompt_tokens[-8:])
-        return starts_in_reasoning(self.llm.tokenizer.decode(tail, skip_special_tokens=False))
 
     def _show(self, events: list[Event]) -> list[Event]:
         for event in events:
@@ -85,11 +119,11 @@ class Chat:
             self.console.print(event.text, end="", style=style, markup=False)
         return events
 
-    def _show_speed(self, completion: Completion, seconds: float) -> None:
-        count, first = len(completion.tokens), completion.timings.first_token_s
+    def _show_speed(self, said: Said, seconds: float) -> None:
+        count, first = said.num_tokens, said.first_token_s
         rate = (count - 1) / (seconds - first) if count > 1 and seconds > first else 0.0
         line = f"{count} tokens, {rate:.1f} tokens/s, first token after {1000 * first:.0f} ms"
-        if completion.finish == "length":
+        if said.finish == "length":
             line += ", stopped at the token limit"
         self.console.print(line, style="dim cyan", markup=False)
 
@@ -130,7 +164,7 @@ def interact(chat: Chat) -> None:
         elif text:
             try:
                 chat.ask(text)
-            except (RequestError, TemplateError) as error:
+            except (RequestError, TemplateError, EngineError) as error:
                 chat.history.pop()  # the question that was refused
                 chat.console.print(f"{error}", style="yellow", markup=False)
 
