@@ -104,6 +104,11 @@ def agent(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
     server = None
     if options.llama_server:
         server = Peer(options.llama_server, options.gguf, longest, options.threads)
+    first = tokens_of(200, checkpoint.config.vocab_size, 999)
+    for engine in (reusing, plain):  # so that memory is there
+        first_token_s(engine, first, "first")
+    if server is not None:
+        server.first_token_s(first)
     try:
         for turn, prompt in enumerate(prompts):
             on, reused = first_token_s(reusing, prompt, f"on-{turn}")
@@ -185,7 +190,7 @@ def make(checkpoint: Checkpoint, longest: int, **options: Any) -> Engine:
     """Make an engine over a loaded model."""
     options = {"max_num_batched_tokens": 512, **options}
     config = EngineConfig(model=str(checkpoint.path), max_model_len=longest, **options)
-    return Engine(config, checkpoint)
+    return Engine(config, checkpoint, eos_token_ids=(2, END))
 
 
 def main() -> None:
