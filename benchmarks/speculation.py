@@ -154,8 +154,9 @@ def compare(checkpoint: Checkpoint, batch: int, rounds: int, items: list[tuple[i
         line: dict[str, Any] = {
             "case": f"batch {batch}, {name}",
             "tokens_per_s": round(new / sum(run.decode_s[0] for run in own), 1),
-            "tokens_per_step": round(new / batch / sum(len(run.step_s) for run in own), 3),
         }
+        if batch == 1:
+            line["tokens_per_step"] = round(new / sum(len(run.step_s) for run in own), 3)
         if name != "off":
             pairs = list(zip(runs["off"], own, strict=True))
             line |= ratio([(a.decode_s[0], b.decode_s[0]) for a, b in pairs])

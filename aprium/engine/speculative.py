@@ -31,9 +31,10 @@ _SETTLE = 2  # steps before a window, which do not find in the caches what they 
 _RECENT = 7  # windows of a kind whose median counts, since machines have other work, too
 _ENOUGH = 3  # windows of both kinds that are compared
 _PLAIN_EVERY = 8, 24  # windows with drafts to one without: while little is gained, and much
-_MUCH, _HOPELESS = 1.15, 0.6  # times as fast; the second needs no more windows
+_MUCH, _HOPELESS = 1.15, 0.75  # times as fast; the second needs no more windows
 _REST = 100  # steps without drafts between windows, where drafts do not pay
 _TRIAL_SHARE = 0.005  # of all time that drafting may have lost
+_FIRST_LENGTH = 2  # drafts at a time, while nothing is known
 _LEAST_CHANCE = 0.05, 0.9  # of a draft to be made
 
 
@@ -197,7 +198,7 @@ class DraftLength:
         self._step, self._draft = _Line(), _Line()  # of a sequence, by tokens more and by drafts
         self._made = [_Share() for _ in range(self.most)]  # by position, of those wanted
         self._right = [_Share() for _ in range(self.most)]  # it and all before, of those made
-        self._best = Decision(self.most, _LEAST_CHANCE[0])
+        self._best = Decision(min(self.most, _FIRST_LENGTH), _LEAST_CHANCE[0])
         self.tried = [0] * self.most  # by position
         self.kept = [0] * self.most
 
