@@ -7,7 +7,7 @@ business; text is not known here. What outlives a request is `engine/sessions`'.
 import math
 import random
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -66,6 +66,7 @@ class Engine:
             )
         self._length = DraftLength(speculative) if speculative else None
         self._drafting, self._learn_s = Decision(0), 0.0  # of the last step
+        self._rest = 0  # steps for which what is decided on drafts holds
         self._ring_size = speculative.num_speculative_tokens + 1 if speculative else 0
         self._kv_dtype = CACHE_DTYPES.get(config.kv_cache_dtype, model.compute_dtype)
         self._ssm_dtype = SSM_DTYPES[config.mamba_ssm_cache_dtype]
@@ -384,11 +385,11 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Compute one step and return what it added to each request that it advanced visibly."""
-        begun, clock = time.perf_counter(), self.runner.clock
-        busy_since = clock()
+        begun = time.perf_counter()
         expired = [self._end(s, "deadline") for s in self.scheduler.expire(begun)]
         self._num_expired += len(expired)
-        self._drafting = self._next_drafting()
+        clock = self._decide_drafting()
+        busy_since = clock() if clock else 0.0
         plan = self.scheduler.plan(self._drafting.length, self._drafting.least)
         if not plan.segments:
             return expired
@@ -402,7 +403,7 @@ class Engine:
         advanced = self.scheduler.update(plan, outcomes)
         if self.scheduler.prefixes is not None:
             self.runner.apply(self.scheduler.prefixes.drain())
-        if self._length is not None:
+        if clock:
             learnt = clock()
             self._learn(plan, outcomes, learnt - busy_since + self._learn_s)
             self._learn_s = clock() - learnt
@@ -451,19 +452,21 @@ class Engine:
             drafts_accepted=tuple(self._length.kept) if self._length else (),
         )
 
-    def _next_drafting(self) -> Decision:
-        """Return how to draft in and after the next step."""
+    def _decide_drafting(self) -> Callable[[], float] | None:
+        """Decide how to draft in and after the next step; return a clock if it is to be timed."""
         if self._length is None:
-            return self._drafting
-        if self._drafting.rest:
-            return self._drafting._replace(rest=self._drafting.rest - 1)
-        return self._length.choose(self._step_s)
+            return None
+        if self._rest:
+            self._rest -= 1
+            return None
+        self._drafting = self._length.choose(self._step_s)
+        self._rest = self._drafting.rest
+        return self.runner.clock
 
     def _learn(self, plan: StepPlan, outcomes: list[Outcome], seconds: float) -> None:
         """Note what a step cost and what became of its drafts; look up n-grams for the next."""
         length, runner, config = self._length, self.runner, self.config.speculative
-        if length is None or config is None or self._drafting.rest:
-            return
+        assert length is not None and config is not None
         if config.kind == "ngram":
             self._look_up(plan, config)
         count = len(plan.segments)

@@ -161,6 +161,8 @@ class Runner:
         """Let the prediction head read what the step accepted, and draft."""
         drafts: list[tuple[int, ...]] = [()] * len(segments)
         self.draft_s = 0.0
+        if all(s.head_start is None for s in segments):
+            return drafts
         begun = self.clock()
         reading: list[int] = []
         rows: list[int] = []
@@ -178,8 +180,6 @@ class Runner:
             tokens += last
             lengths.append(len(known) + len(last))
             rows += range(layout.starts[i], layout.starts[i] + lengths[-1])
-        if not reading:
-            return drafts
         some = [segments[i] for i in reading]
         counts = [s.draft for s in some]
         made = self.model.draft(

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 from aprium.base.errors import ConfigError
 
 METHODS = {"mtp": "mtp", "nemotron_h_mtp": "mtp", "ngram": "ngram"}
-_FORGET = 0.95  # weight of what was known, for each step or draft that is noted
+_FORGET = 0.98  # weight of what was known, for each step or draft that is noted
 _FORGET_READING = 0.99  # for each token
 _DETAIL_EVERY = 4  # steps of which one is noted in detail, since that takes time
 _WORTH = 1.05  # drafting must promise so much more than not drafting
@@ -34,6 +34,7 @@ _PLAIN_EVERY = 8, 24  # windows with drafts to one without: while little is gain
 _MUCH, _HOPELESS = 1.15, 0.75  # times as fast; the second needs no more windows
 _REST = 100  # steps without drafts between windows, where drafts do not pay
 _TRIAL_SHARE = 0.005  # of all time that drafting may have lost
+_LONGER = 1.02  # times as many tokens a second a longer draft has to promise
 _FIRST_LENGTH = 2  # drafts at a time, while nothing is known
 _LEAST_CHANCE = 0.05, 0.9  # of a draft to be made
 
@@ -305,7 +306,7 @@ class DraftLength:
             drafts += made
             accepted += made * self._right[i].value
             rate = (1 + accepted) / (step + reading + drafts * (verify + draft))
-            if rate > best:
+            if rate > best * _LONGER:
                 best, low_high = rate, _LEAST_CHANCE
                 least = min(max((verify + draft) * rate, low_high[0]), low_high[1])
                 self._best = Decision(i + 1, least)
