@@ -80,7 +80,8 @@ class Runner:
         hidden = self.model(tokens, layout, self.state)
         choices = self._choose(segments, layout, hidden)
         scores = [
-            self._score(s, start, hidden) for s, start in zip(segments, layout.starts, strict=True)
+            self._score(s, start, hidden) if s.targets else ([], [])
+            for s, start in zip(segments, layout.starts, strict=True)
         ]
         for segment, start in zip(segments, layout.starts, strict=True):
             if segment.pool is not None:
