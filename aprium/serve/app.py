@@ -22,6 +22,7 @@ from aprium.serve.document import describe
 from aprium.serve.guard import Guard
 from aprium.serve.messages import MessageRoutes
 from aprium.serve.operations import OperationRoutes
+from aprium.serve.pages import include_pages
 from aprium.serve.responses import ResponseRoutes
 from aprium.serve.service import ServeConfig, Service
 from aprium.serve.sessions import SessionRoutes
@@ -68,6 +69,7 @@ def create_app(engine: "AsyncEngine", config: ServeConfig) -> FastAPI:
     app.state.service = service = Service(engine, config)
     for method, path, handler in _routes(service):
         app.add_api_route(path, handler, methods=[method], response_model=None)
+    include_pages(app, engine, config.web)
     document = describe(app, bool(config.api_keys))
     app.openapi = lambda: document
     return app

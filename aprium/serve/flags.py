@@ -155,6 +155,7 @@ FLAGS: tuple[Flag, ...] = (
         remedy="weights run in the format the checkpoint has, leave the flag out",
         help="What the checkpoint must be quantised with; it is found out anyway.",
     ),
+    Flag(name="enable-web", kind="switch", default=True, help="Serve the web page at /."),
     Flag(name="uvicorn-log-level", default="info", help="Log level of the HTTP server."),
     Flag(
         name="enable-log-requests",

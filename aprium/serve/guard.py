@@ -16,12 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aprium.base.log import get_logger
 from aprium.serve.keys import Keys, key_of, share_of
+from aprium.serve.pages import PATHS
 from aprium.serve.transport import error_response
 
 if TYPE_CHECKING:
     from aprium.serve.service import ServeConfig
 
-OPEN_PATHS = ("/health", "/ping", "/ready", "/version")  # these answer without a key
+OPEN_PATHS = ("/health", "/ping", "/ready", "/version", *PATHS)  # these answer without a key
 CONTROL_PATHS = (
     "/pause", "/resume", "/is_paused", "/update_weights", "/reset_prefix_cache", "/finish_thinking",
 )  # fmt: skip

@@ -102,6 +102,7 @@ def make_engine(model: str, flags: Mapping[str, Any]) -> tuple[AsyncEngine, Serv
         sampling=sampling,
         thinking_budget=thinking.thinking_budget,
         thinking_message=thinking.thinking_message,
+        web=flags["enable-web"],
         stable_prompts=flags["stable-prompts"],
         log_requests=flags["enable-log-requests"] and not flags["disable-log-requests"],
         max_stored_responses=flags["max-stored-responses"],

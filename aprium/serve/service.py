@@ -41,6 +41,7 @@ class ServeConfig:
     `template_kwargs` are switches of the chat template that a request may override, `sampling` the
     sampling where a request says nothing; so are `thinking_budget`, the tokens that reasoning may
     have, and `thinking_message`, what is written where it ends by that. `limits` bound the queue.
+    `web` adds the web page.
     `stable_prompts` takes out of prompts what changes from request to request and says nothing.
     `allowed_hosts`, if any, are the names of the server that requests may use; `allowed_origins`
     are the web pages, elsewhere, whose scripts may use it.
@@ -58,6 +59,7 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     log_requests: bool = True
+    web: bool = True
     max_body_bytes: int = 64 << 20
     max_json_depth: int = 64
     max_stored_responses: int = 256

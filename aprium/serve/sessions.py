@@ -47,10 +47,17 @@ class ResumeSession(BaseModel):
 
 
 def describe(record: "SessionRecord", whole: bool = False) -> dict[str, Any]:
-    """Return a session as JSON; `whole` with its messages."""
+    """Return a session as JSON; `whole` with its messages.
+
+    `title` is the beginning of its first question, and `running_messages` are those of a turn that
+    is under way or was cut off, which are none of its messages yet.
+    """
+    running = record.running.messages if record.running is not None else []
+    asked = (m.content for m in (*record.messages, *running) if m.role == "user" and m.content)
     found: dict[str, Any] = {
         "id": record.id,
         "object": "session",
+        "title": " ".join(next(asked, "")[:400].split())[:80],
         "created": record.created,
         "parent": record.parent,
         "num_messages": len(record.messages),
@@ -60,6 +67,7 @@ def describe(record: "SessionRecord", whole: bool = False) -> dict[str, Any]:
     }
     if whole:
         found["messages"] = [message_json(m) for m in record.messages]
+        found["running_messages"] = [message_json(m) for m in running]
     return found
 
 

@@ -95,11 +95,14 @@ def test_a_turn_cut_off_is_resumed_by_the_next_server(serve):
     sessions.begin("s", running)  # and the process ends here
     assert record.running is not None
     client = serve()
-    assert client.get("/v1/sessions/s").json()["interrupted"]
+    cut = client.get("/v1/sessions/s").json()
+    assert cut["interrupted"] and cut["messages"] == []
+    assert cut["title"] == cut["running_messages"][0]["content"] == "What is 3 + 4?"
     resumed = client.post("/v1/sessions/s/resume").json()
     assert resumed["choices"][0]["message"] == whole["choices"][0]["message"]
     after = client.get("/v1/sessions/s").json()
     assert not after["interrupted"] and after["num_messages"] == 2
+    assert after["running_messages"] == [] and after["title"] == "What is 3 + 4?"
     assert after["num_tokens"] == len(whole["prompt_token_ids"]) + len(tokens)
 
 

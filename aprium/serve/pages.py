@@ -1,0 +1,93 @@
+"""The web page: its files under a strict policy, and the figures of its live view as JSON.
+
+The page is a client like any other: it holds no secret and answers without a key, while every call
+that it makes needs one. What a model writes is not trusted, so the policy allows scripts and styles
+of these files only, no other host, and no text that is made into markup.
+"""
+
+import dataclasses
+import hashlib
+import time
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+if TYPE_CHECKING:
+    from aprium.engine.client import AsyncEngine
+
+# File -> its type. Nothing else in the directory is served.
+FILES = {
+    "index.html": "text/html; charset=utf-8",
+    "style.css": "text/css; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+    **dict.fromkeys(
+        (
+            "theme.js", "app.js", "api.js", "dom.js", "chat.js", "message.js", "markdown.js",
+            "sessions.js", "settings.js", "live.js", "charts.js",
+        ),
+        "text/javascript; charset=utf-8",
+    ),
+}  # fmt: skip
+PATHS = {"/" if name == "index.html" else f"/web/{name}": name for name in FILES}
+
+HEADERS = {
+    "Content-Security-Policy": "; ".join(
+        (
+            "default-src 'none'",
+            "script-src 'self'",
+            "style-src 'self'",
+            "img-src 'self'",
+            "connect-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        )
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # asked again each time, and answered with 304
+}
+
+
+def include_pages(app: FastAPI, engine: "AsyncEngine", enabled: bool) -> None:
+    """Add `/v1/stats` to `app` and, where `enabled`, the page and its files."""
+    routes = APIRouter()
+
+    async def stats() -> dict[str, Any]:
+        """Return the engine's gauges and counters; rates are for the client to take."""
+        return {
+            "object": "engine.stats",
+            "time_s": time.monotonic(),
+            "failed": None if engine.failed is None else str(engine.failed),
+            "max_model_len": engine.max_model_len,
+            **dataclasses.asdict(engine.stats()),
+        }
+
+    routes.add_api_route("/v1/stats", stats, methods=["GET"], response_model=None)
+    if enabled:
+        for path, name in PATHS.items():
+            routes.add_api_route(
+                path, _page(name), methods=["GET", "HEAD"], include_in_schema=False
+            )
+    app.include_router(routes)
+
+
+def _page(name: str) -> Any:
+    """Return the handler of one file, which is read once."""
+    content = files("aprium.serve").joinpath("web", name).read_bytes()
+    headers = {**HEADERS, "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
+
+    async def page(request: Request) -> Response:
+        if headers["ETag"] in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=FILES[name], headers=headers)
+
+    return page
