@@ -75,6 +75,8 @@ class Real:
             )
         )
         self.steps: list[tuple[float, float, float, float, float]] = []
+        # One stream for all loads: a text that came before would be reused from the cache.
+        self.numbers = random.Random(0)
         self._plans: list[Any] = []
         plan = self.engine.scheduler.plan
 
@@ -102,7 +104,6 @@ class Real:
         """Serve `trace` and return throughput and percentiles of the time to the first token."""
         from aprium.base.records import Request, SamplingParams
 
-        numbers = random.Random(0)
         coming = sorted(trace.arrivals())
         jobs: dict[str, Job] = {}
         texts: dict[int, list[int]] = {}
@@ -116,7 +117,7 @@ class Real:
                 job = coming.pop(0)
                 known = texts.get(job.session, []) if job.session >= 0 else []
                 missing = job.prompt - len(known)
-                tokens = [*known, *(numbers.randrange(20, 500) for _ in range(missing))]
+                tokens = [*known, *(self.numbers.randrange(20, 500) for _ in range(missing))]
                 texts[job.session] = tokens
                 key = str(len(first) + len(jobs) + tokens_made)
                 params = SamplingParams(

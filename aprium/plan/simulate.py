@@ -23,7 +23,7 @@ from aprium.engine.cache import Cache
 from aprium.engine.prefix import PrefixCache
 from aprium.engine.request import LiveSequence
 from aprium.engine.scheduler import SPACING, Outcome, Scheduler, StepPlan
-from aprium.plan.traces import Job, Trace, prompt_tokens
+from aprium.plan.traces import Job, Trace, prompt_tokens, session_tokens
 
 _FARTHEST = 4096  # steps booked together at most
 _INTERVAL, _GRID_POINTS = 4096, 16  # tokens between kept states, and most of them: the engine's
@@ -242,8 +242,8 @@ class Replica:
                 continue
             samples += 1 + segment.num_drafts
             drafting += bool(segment.draft)
-            outcomes.append(self._accept(segment) if speculates else _ONE)
             sequence = sequences[segment.id]
+            outcomes.append(self._accept(segment) if speculates else self._chosen(sequence, 1))
             if sequence.first_token_s is None:
                 if sequence.started_s is None:
                     sequence.started_s = now_s
@@ -260,7 +260,15 @@ class Replica:
         """Draw how many of the drafts of a segment stand."""
         drawn = self._numbers.random()
         kept = sum(drawn < chance for chance in self.config.accepted[: segment.num_drafts])
-        return Outcome((0,) * (1 + kept), (0,) * segment.draft)
+        tokens = self._chosen(self.scheduler.sequences[segment.id], 1 + kept).tokens
+        return Outcome(tokens, (0,) * segment.draft)
+
+    def _chosen(self, sequence: LiveSequence, count: int) -> Outcome:
+        """Return the next tokens of an answer: as later turns repeat them, where that matters."""
+        if self.scheduler.prefixes is None:
+            return _ONE if count == 1 else Outcome((0,) * count)
+        job = self.jobs[sequence.id]
+        return Outcome(tuple(session_tokens(job, len(sequence.tokens), count)))
 
     def _start_run(self, now_s: float) -> bool:
         """Start as many steps as decide nothing; False if that is none."""
@@ -296,6 +304,7 @@ class Replica:
         self.num_tokens += steps * len(running)
         size, grow, serve = self.cache.page_size, self.cache.grow, self.scheduler.waiting.serve
         done, more = [], [0] * steps
+        shared = self.scheduler.prefixes is not None
         for sequence in running:
             tokens = sequence.tokens
             computed = sequence.num_computed + steps
@@ -304,7 +313,9 @@ class Replica:
                 assert pages is not None
                 sequence.pages = pages
             sequence.num_computed = computed
-            tokens += more
+            tokens += (
+                session_tokens(self.jobs[sequence.id], len(tokens), steps) if shared else more
+            )
             serve(sequence, steps)
             if len(tokens) >= sequence.num_prompt + sequence.max_tokens:
                 done.append(sequence)

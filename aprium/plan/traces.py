@@ -148,15 +148,20 @@ class Agents(Trace):
             raise ConfigError(f"users is {users} and turns {turns}: both must be at least 1")
         self.users, self.turns, self.think = users, turns, think
         self.prompt, self.grow, self.output = prompt, grow, output
-        self._numbers = random.Random(seed)
+        self.seed = seed
         self._left, self._sessions = requests, 0
+
+    def _draw(self, lengths: Lengths, session: int, turn: int) -> tuple[int, int]:
+        """Return tokens of prompt and answer; the same whatever else was drawn before."""
+        numbers = random.Random(f"{self.seed}/{session}/{turn}")
+        return lengths.draw(numbers), self.output.draw(numbers)
 
     def _first(self, arrival_s: float) -> Job | None:
         if not self._left:
             return None
         self._left -= 1
         self._sessions += 1
-        length, answer = self.prompt.draw(self._numbers), self.output.draw(self._numbers)
+        length, answer = self._draw(self.prompt, self._sessions, 0)
         return Job(arrival_s, length, answer, self._sessions)
 
     def arrivals(self) -> Iterator[Job]:
@@ -173,8 +178,8 @@ class Agents(Trace):
         if not self._left:
             return None
         self._left -= 1
-        length = job.prompt + job.output + self.grow.draw(self._numbers)
-        answer = self.output.draw(self._numbers)
+        more, answer = self._draw(self.grow, job.session, job.turn + 1)
+        length = job.prompt + job.output + more
         return Job(finished_s + self.think, length, answer, job.session, job.turn + 1)
 
 
@@ -224,8 +229,19 @@ def prompt_tokens(job: Job) -> list[int]:
     if job.hashes:
         tokens = [h * _BLOCK + i for h in job.hashes for i in range(_BLOCK)][: job.prompt]
         return tokens + list(range(-1, len(tokens) - job.prompt - 1, -1))
-    base = job.session << 24
-    return list(range(base, base + job.prompt))
+    return session_tokens(job, 0, job.prompt)
+
+
+def session_tokens(job: Job, start: int, count: int) -> list[int]:
+    """Return `count` token ids of the session of `job` from position `start` on.
+
+    A session is one text, in which the answers stand as they were given: the next turn's prompt
+    repeats them. Of a job with `hashes` nobody knows that, so its answers are repeated by none.
+    """
+    if job.hashes:
+        return [0] * count
+    base = (job.session << 24) + start
+    return list(range(base, base + count))
 
 
 _KEYS = {
