@@ -521,10 +521,17 @@ def _key(tokens: Sequence[int], salt: str) -> str:
 
 def _common(edge: Sequence[int], tokens: Sequence[int], start: int) -> int:
     """Return how many tokens of `edge` are those of `tokens` from `start` on."""
-    count = min(len(edge), len(tokens) - start)
-    if tuple(tokens[start : start + count]) == tuple(edge[:count]):
-        return count
-    return next(i for i in range(count) if edge[i] != tokens[start + i])
+    low, high = 0, min(len(edge), len(tokens) - start)
+    if tuple(tokens[start : start + high]) == tuple(edge[:high]):  # most often
+        return high
+    # The first `low` are alike, and the first `high` + 1 are not if there are so many.
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tuple(tokens[start + low : start + middle]) == tuple(edge[low:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _all(root: Node) -> list[Node]:

@@ -313,9 +313,7 @@ class Replica:
                 assert pages is not None
                 sequence.pages = pages
             sequence.num_computed = computed
-            tokens += (
-                session_tokens(self.jobs[sequence.id], len(tokens), steps) if shared else more
-            )
+            tokens += session_tokens(self.jobs[sequence.id], len(tokens), steps) if shared else more
             serve(sequence, steps)
             if len(tokens) >= sequence.num_prompt + sequence.max_tokens:
                 done.append(sequence)
