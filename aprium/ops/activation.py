@@ -2,8 +2,11 @@
 
 PyTorch's fused versions use another implementation for the last few elements of a tensor than for
 the rest, so a token's result would depend on the batch. Its exp, log1p and arithmetic do not
-(tests/ops/test_row_invariance.py), and these are built from them.
+(tests/ops/test_row_invariance.py), and these are built from them. Gradients need no such care and
+come from PyTorch's fused forms, which keep the input alone.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +19,23 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """Return x * sigmoid(x), elementwise."""
-    return x / (1.0 + torch.exp(-x))
+    return _Silu.apply(x) if x.requires_grad else _silu(x)
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x / torch.exp(-x).add_(1.0)
+
+
+class _Silu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0].contiguous(), x)
 
 
 def softplus(x: Tensor) -> Tensor:

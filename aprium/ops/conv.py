@@ -5,6 +5,8 @@ sequence is zeros. Products are summed oldest tap first, each rounded on its own
 result is the same in every batch and chunking.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,45 @@ def causal_conv(
     `x` [T, C]; `weight` [C, K]; `bias` [C]; `positions` int64 [T], index of a token in its
     segment. `history` [T, K-1, C] holds, for tokens whose position is below K-1, the inputs that
     precede the segment, oldest first (other rows are not read); without it they are zeros.
-    Returns [T, C] in the dtype of `x`.
+    Returns [T, C] in the dtype of `x`. Without `history` there are gradients.
     """
+    if history is None:
+        return _CausalConv.apply(x, weight, bias, positions)
+    return _convolve(x, weight, bias, positions, history)
+
+
+class _CausalConv(torch.autograd.Function):
+    """The convolution from zeros, which keeps its input alone for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, positions)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _convolve(x, weight, bias, positions, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight, positions = ctx.saved_tensors
+        grad, kernel = grads[0].contiguous(), weight.shape[1]
+        taps = weight.to(x.dtype).unbind(1)
+        grad_x = grad * taps[-1]
+        by_tap = [(grad * x).sum(0)]
+        for back in range(1, kernel):
+            # Token t + back reads token t, if it is that far into its sequence.
+            count = max(x.shape[0] - back, 0)
+            later = grad[back:] * (positions[back:] >= back).unsqueeze(1)
+            grad_x[:count].addcmul_(later, taps[kernel - 1 - back])
+            by_tap.append((later * x[:count]).sum(0))
+        grad_weight = torch.stack(by_tap[::-1], 1).to(weight.dtype)
+        grad_bias = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, history: Tensor | None
+) -> Tensor:
     kernel = weight.shape[1]
     taps = weight.to(x.dtype).unbind(1)
     total = None

@@ -130,7 +130,11 @@ def build_optimisers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     ]
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps
+            [g for g in groups if g["params"]],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
         )
     ]
     if matrices and config.muon_lr is not None:
