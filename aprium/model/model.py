@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from aprium.model.config import ModelConfig, QuantConfig
 from aprium.model.layout import Drafting, Layout
@@ -317,6 +318,10 @@ class Block(nn.Module):
         return x + self.mixer(self.norm(x), context)
 
 
+def _run(block: nn.Module, x: Tensor, context: Context, recompute: bool) -> Tensor:
+    return checkpoint(block, x, context, use_reentrant=False) if recompute else block(x, context)
+
+
 class Embeddings(nn.Module):
     """The token table [V, D]."""
 
@@ -403,11 +408,13 @@ class HybridModel(nn.Module):
         layout: Layout,
         state: HybridState | None = None,
         routing: list[Routing] | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Return the hidden states after the last norm, [T, D], of `tokens` int64 [T].
 
         With a `state`, each segment continues its sequence and the state is advanced in place.
-        `routing` collects one record per MoE layer.
+        `routing` collects one record per MoE layer. With `recompute`, only the inputs of layers
+        are kept for the gradient, and each layer runs (and notes its routing) once more.
         """
         if state is not None and state.is_narrow:
             with state.widened(layout) as (wide, compact):
@@ -420,7 +427,7 @@ class HybridModel(nn.Module):
         for block in self.backbone.layers:
             assert isinstance(block, Block)
             index = indices.get(block.kind, 0)
-            x = block(x, Context(layout, state, index, routing))
+            x = _run(block, x, Context(layout, state, index, routing), recompute)
             if block.kind in indices:
                 indices[block.kind] += 1
         return self.backbone.norm_f(x)
@@ -454,6 +461,7 @@ class HybridModel(nn.Module):
         state: HybridState | None = None,
         routing: list[Routing] | None = None,
         depth: int = 0,
+        recompute: bool = False,
     ) -> Tensor:
         """Run the prediction head once: from position t and token t + 1 towards token t + 2.
 
@@ -473,7 +481,7 @@ class HybridModel(nn.Module):
         x = first.eh_proj(torch.cat((first.enorm(embedded), first.hnorm(hidden)), -1))
         index = config.layers.count("attention")
         for block in layers:
-            x = block(x, Context(layout, state, index, routing))
+            x = _run(block, x, Context(layout, state, index, routing), recompute)
             index += isinstance(block, Block) and block.kind == "attention"
         return last.final_layernorm(x)
 

@@ -33,6 +33,11 @@ class Batch:
         usable = (self.ce_weight != 0) & (self.layout.positions >= ahead)
         return usable.nonzero().squeeze(1)
 
+    def remaining(self) -> Tensor:
+        """Return how many tokens each document has from a token on, itself included, [T]."""
+        lengths = torch.tensor(self.layout.lengths, device=self.tokens.device)
+        return lengths[self.layout.segment_ids] - self.layout.positions
+
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Pack `samples` end to end, each a segment of its own."""

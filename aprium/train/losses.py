@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aprium.base.errors import ConfigError
 from aprium.model.layout import Layout
-from aprium.model.model import HybridModel, MoE, Routing
+from aprium.model.model import HybridModel, Routing
 from aprium.ops.logprob import kl_divergence, token_logprobs
 from aprium.train.batch import Batch
 
@@ -62,20 +62,36 @@ class Losses:
     routing: list[Routing]
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What sums are divided by: the total weight and number of samples of all parts of a step."""
+
+    weight: float
+    samples: int
+
+
 def compute_losses(
-    model: HybridModel, batch: Batch, config: LossConfig, teacher: HybridModel | None = None
+    model: HybridModel,
+    batch: Batch,
+    config: LossConfig,
+    teacher: HybridModel | None = None,
+    *,
+    whole: Whole | None = None,
+    recompute: bool = False,
 ) -> Losses:
     """Run the model over `batch` and return the loss.
 
-    `teacher` is what `kl_weight` asks for. `logprobs` of the result are those of the tokens at
-    indices `predicted` under the backbone.
+    `teacher` is what `kl_weight` asks for. Where `batch` is a part of a step, `whole` is the step,
+    and losses of the parts add up to the step's. `recompute` keeps the inputs of layers alone and
+    runs each again for its gradient. `logprobs` of the result are those of the tokens at indices
+    `predicted` under the backbone.
     """
     routing: list[Routing] = []
-    hidden = model(batch.tokens, batch.layout, routing=routing)
+    hidden = model(batch.tokens, batch.layout, routing=routing, recompute=recompute)
     head = model.head_weight
     predicted = batch.predicted(1)
     weights = batch.ce_weight[predicted]
-    norm = weights.sum()
+    norm = weights.sum() if whole is None else whole.weight
     logprobs = token_logprobs(hidden[predicted - 1], head, batch.tokens[predicted])
     ce = -(logprobs * weights).sum() / norm
     total, kl, mtp = config.ce_weight * ce, torch.zeros(()), torch.zeros(())
@@ -87,9 +103,11 @@ def compute_losses(
         kl = (found * weights).sum() / norm
         total = total + config.kl_weight * kl
     if model.config.num_mtp_layers and config.mtp_weight:
-        mtp = _mtp_loss(model, hidden, batch, config.mtp_depths, norm, routing)
+        mtp = _mtp_loss(model, hidden, batch, config.mtp_depths, norm, routing, recompute)
         total = total + config.mtp_weight * mtp
     balance = sum_balance(routing, batch.layout)
+    if whole is not None:
+        balance = balance * (batch.layout.num_segments / whole.samples)
     if config.balance_weight:
         total = total + config.balance_weight * balance
     return Losses(
@@ -100,7 +118,7 @@ def compute_losses(
         balance=float(balance.detach()),
         logprobs=logprobs.detach(),
         predicted=predicted,
-        routing=routing,
+        routing=list(routing),  # what runs again for its gradient notes its routing again
     )
 
 
@@ -109,15 +127,23 @@ def _mtp_loss(
     hidden: Tensor,
     batch: Batch,
     depths: int,
-    norm: Tensor,
+    norm: Tensor | float,
     routing: list[Routing],
+    recompute: bool,
 ) -> Tensor:
     """Mean over depths of the cross-entropy of token t + depth + 1 at position t."""
     total = torch.zeros(())
     for depth in range(1, depths + 1):
-        # Rows whose next tokens lie beyond their document are computed and never weighted.
+        # Rows whose next tokens lie beyond their document are never weighted; they read token 0,
+        # so that their routing does not depend on what was packed behind them.
+        next_tokens = batch.tokens.roll(-depth).where(batch.remaining() > depth, 0)
         hidden = model.predict(
-            hidden, batch.tokens.roll(-depth), batch.layout, routing=routing, depth=depth - 1
+            hidden,
+            next_tokens,
+            batch.layout,
+            routing=routing,
+            depth=depth - 1,
+            recompute=recompute,
         )
         predicted = batch.predicted(depth + 1)
         rows, targets = hidden[predicted - depth - 1], batch.tokens[predicted]
@@ -142,26 +168,3 @@ def _balance(routing: Routing, layout: Layout) -> Tensor:
     shares = scores / scores.sum(-1, keepdim=True)
     means = scores.new_zeros(shape).index_add(0, layout.segment_ids, shares) / lengths
     return (counts * num_experts / (num_active * lengths) * means).sum(-1).mean()
-
-
-@torch.no_grad()
-def balance_experts(model: HybridModel, routing: Sequence[Routing], rate: float) -> float:
-    """Move each selection bias by `rate` towards underloaded experts; return the worst MaxVio.
-
-    MaxVio is the largest expert load over the mean load; 1 is balance. A head applied at several
-    depths is balanced over all of them together.
-    """
-    loads: dict[str, Tensor] = {}
-    for record in routing:
-        count = record.experts.flatten().bincount(minlength=record.scores.shape[1]).float()
-        loads[record.name] = loads[record.name] + count if record.name in loads else count
-    worst = 0.0
-    for name, load in loads.items():
-        worst = max(worst, float(load.max() / load.mean()))
-        layer = model.get_submodule(name)
-        assert isinstance(layer, MoE)
-        bias = layer.gate.e_score_correction_bias
-        bias += rate * torch.sign(load.mean() - load)
-        # Only differences matter; centring keeps the values small over a long run.
-        bias -= bias.mean()
-    return worst

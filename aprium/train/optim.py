@@ -146,27 +146,36 @@ def build_optimisers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     return optimisers
 
 
-def schedule_factor(step: int, total: int, config: OptimConfig) -> float:
-    """Return the fraction of the peak learning rate at `step` (0-based) of `total`."""
+def schedule_factor(
+    step: int, total: int, config: OptimConfig, decay_from: int | None = None
+) -> float:
+    """Return the fraction of the peak learning rate at `step` (0-based) of `total`.
+
+    `decay_from` begins the decay of "wsd" there, as long as it would have been: see `last_step`.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     low = config.final_fraction
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    begin = total * (1 - config.decay_fraction)
+    length = total * config.decay_fraction
+    begin = total - length if decay_from is None else min(decay_from, total - length)
     if step < begin:
         return 1.0
-    progress = min(1.0, (step - begin) / max(1.0, total - begin))
+    progress = min(1.0, (step - begin) / max(1.0, length))
     return low + (1 - low) * (1 - math.sqrt(progress))
 
 
-def set_learning_rates(
-    optimisers: Iterable[torch.optim.Optimizer], step: int, total: int, config: OptimConfig
-) -> float:
-    """Set every group's rate for `step` and return the factor."""
-    factor = schedule_factor(step, total, config)
+def last_step(total: int, config: OptimConfig, decay_from: int | None) -> int:
+    """Return at how many steps a run ends whose decay begins at `decay_from`, if not before."""
+    if decay_from is None or config.schedule != "wsd":
+        return total
+    return min(total, decay_from + max(1, round(total * config.decay_fraction)))
+
+
+def set_learning_rates(optimisers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group's rate to `factor` of its peak."""
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = group["peak_lr"] * factor
-    return factor

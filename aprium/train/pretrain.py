@@ -27,6 +27,7 @@ from aprium.model.presets import preset
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 from aprium.train.losses import LossConfig
+from aprium.train.monitor import StabilityConfig
 from aprium.train.optim import OptimConfig
 from aprium.train.trainer import Trainer, TrainerConfig
 
@@ -59,6 +60,7 @@ class PretrainConfig:
     model: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
 
     def __post_init__(self) -> None:
         """Check that a step can hold the longest sample."""
@@ -94,6 +96,8 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
         optim=config.optim,
         loss=config.loss,
         config=config.trainer,
+        stability=config.stability,
+        recipe=resolved,
     )
     if not trainer.run():
         log.info("stopped at step %d: the same command continues", trainer.progress.step)

@@ -1,34 +1,50 @@
-"""The training loop over packed samples: steps, evaluation, checkpoints, resuming.
+"""The training loop over packed samples: steps, evaluation, checkpoints, resuming, rolling back.
 
-It does not know which stage it serves: it takes batches of `Sample`s and a model. A checkpoint is
-a directory `step-N` with the weights, the optimisers' tensors, the source's position and the
-figures so far; it is written beside its name and renamed into place, so that a fault at any moment
-leaves the previous one whole. Resuming continues bit for bit on the same machine.
+It does not know which stage it serves: it takes batches of `Sample`s and a model. Under `output`
+come checkpoints (see `train/checkpoint.py`), the figures of steps and evaluations as JSON lines in
+`metrics.jsonl`, and a page of their curves. Resuming continues bit for bit on the same machine.
 """
 
 import json
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Sample
 from aprium.model.model import HybridModel
+from aprium.train import checkpoint
 from aprium.train.batch import collate
-from aprium.train.losses import LossConfig, balance_experts, compute_losses
-from aprium.train.optim import OptimConfig, build_optimisers, set_learning_rates
-from aprium.train.report import TrainingProgress, plot_losses
+from aprium.train.losses import LossConfig, Losses, Whole, compute_losses
+from aprium.train.monitor import (
+    DivergenceError,
+    Spikes,
+    StabilityConfig,
+    balance_experts,
+    expert_loads,
+    first_not_finite,
+    gradient_norms,
+    max_violations,
+    residual_norms,
+)
+from aprium.train.optim import (
+    OptimConfig,
+    build_optimisers,
+    last_step,
+    schedule_factor,
+    set_learning_rates,
+)
+from aprium.train.report import TrainingProgress, write_page
+from aprium.train.sinks import Sink, flatten, open_sinks
 
 log = get_logger("train")
 
@@ -51,10 +67,13 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How long to train and how often to look.
+    """How long to train, how, and how often to look.
 
     `steps` may be changed when resuming: with the "wsd" schedule that moves the decay. `threads`
-    None leaves PyTorch's own choice.
+    None leaves PyTorch's own choice. `dtype` is that of activations; weights, optimiser and
+    gradient sums are float32. A step is run in parts of at most `micro_tokens` tokens, whose
+    gradients add up; with `recompute` the layers' activations are made again for the gradient.
+    `sinks` may name "tensorboard" and "wandb".
     """
 
     steps: int
@@ -64,12 +83,18 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     seed: int = 0
     threads: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    micro_tokens: int | None = None
+    recompute: bool = False
+    sinks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("steps", "eval_every", "checkpoint_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}: it must be positive")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise ConfigError(f"trainer.micro_tokens is {self.micro_tokens}: it must be positive")
 
 
 @dataclass
@@ -78,14 +103,17 @@ class _Progress:
 
     step: int = 0
     tokens: int = 0
-    train: list[dict[str, float]] = field(default_factory=list)
+    train: list[dict[str, Any]] = field(default_factory=list)
     heldout: list[dict[str, Any]] = field(default_factory=list)
+    rollbacks: int = 0
+    decay_from: int | None = None  # where a rollback began the decay
 
 
 class Trainer:
     """Train `model` on batches from `source`, with everything written under `output`.
 
     `teacher` is what the model is held to where `loss.kl_weight` is not 0; it is never changed.
+    `recipe` is shown on the page.
     """
 
     def __init__(
@@ -99,6 +127,8 @@ class Trainer:
         loss: LossConfig,
         config: TrainerConfig,
         teacher: HybridModel | None = None,
+        stability: StabilityConfig | None = None,
+        recipe: str = "",
     ) -> None:
         if loss.kl_weight and teacher is None:
             raise ConfigError("loss.kl_weight asks for a teacher and there is none: set it to 0")
@@ -107,8 +137,18 @@ class Trainer:
         self.output, self.optim, self.loss, self.config = output, optim, loss, config
         self.optimisers = build_optimisers(model, optim)
         self.progress = _Progress()
+        self.stability = stability or StabilityConfig()
+        self.spikes = Spikes(self.stability)
+        self.recipe = recipe
         self._stop = False
+        self._sinks: list[Sink] = []
+        model.compute_dtype = getattr(torch, config.dtype)
         output.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def last_step(self) -> int:
+        """At how many steps the run ends."""
+        return last_step(self.config.steps, self.optim, self.progress.decay_from)
 
     def run(self) -> bool:
         """Train to the configured number of steps; return False when asked to stop early.
@@ -118,10 +158,13 @@ class Trainer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.resume()
+        self._sinks = open_sinks(self.config.sinks, self.output, {"recipe": self.recipe})
+        if self.stability.action != "stop":
+            self.save()  # there must be something to go back to
         handlers = {s: signal.signal(s, self._request_stop) for s in _stop_signals()}
         try:
             with TrainingProgress(self.config.steps, self.progress.step) as bar:
-                while self.progress.step < self.config.steps and not self._stop:
+                while self.progress.step < self.last_step and not self._stop:
                     self._advance(bar)
         finally:
             for number, handler in handlers.items():
@@ -134,58 +177,112 @@ class Trainer:
 
     def _advance(self, bar: TrainingProgress) -> None:
         progress, config = self.progress, self.config
-        figures = self.train_step(self.source.next_batch())
-        if progress.step % config.log_every == 0 or progress.step == config.steps:
+        due = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == self.last_step
+        try:
+            figures = self.train_step(self.source.next_batch(), monitor=due)
+            self.spikes.see(figures["loss"])
+        except DivergenceError as cause:
+            self._recover(cause)
+            return
+        if due:
             progress.train.append(figures)
             self._write_metrics("train", figures)
-        if progress.step % config.eval_every == 0 or progress.step == config.steps:
+        if progress.step % config.eval_every == 0 or progress.step == self.last_step:
             result = self.evaluate()
             progress.heldout.append(result)
             self._write_metrics("heldout", result)
-            plot_losses(progress.train, progress.heldout, self.output / "loss.png")
-        if progress.step % config.checkpoint_every == 0 and progress.step < config.steps:
+            write_page(progress.train, progress.heldout, self.recipe, self.output)
+        # What may be the beginning of a divergence is nothing to go back to.
+        whole = not self.spikes.num_above and progress.step < self.last_step
+        if progress.step % config.checkpoint_every == 0 and whole:
             self.save()
-        heldout = progress.heldout[-1]["loss"] if progress.heldout else None
-        bar.update(progress.step, figures, heldout)
+        bar.update(progress.step, figures, progress.heldout[-1] if progress.heldout else None)
 
-    def train_step(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Take one optimisation step; return its figures. Raises on a loss that is not finite."""
+    def _recover(self, cause: DivergenceError) -> None:
+        """Go back to the last checkpoint, and on with the data after those that diverged."""
+        stability, begun = self.stability, self.progress.step
+        if stability.action == "stop":
+            raise CheckpointError(
+                f"step {begun}: {cause}; resume from the last checkpoint with a lower learning "
+                "rate, or set stability.action to rollback or anneal"
+            )
+        if self.progress.rollbacks >= stability.max_rollbacks:
+            raise CheckpointError(
+                f"step {begun}: {cause}, after {self.progress.rollbacks} rollbacks: lower the "
+                "learning rate"
+            )
+        position = self.source.state_dict()
+        rollbacks = self.progress.rollbacks + 1
+        self.resume()
+        self.source.load_state_dict(position)
+        self.progress.rollbacks = rollbacks
+        if stability.action == "anneal" and self.progress.decay_from is None:
+            self.progress.decay_from = self.progress.step
+        self.spikes = Spikes(stability)
+        checkpoint.replace_state(checkpoint.complete(self.output)[-1], self._state())
+        event = {"step": self.progress.step, "from_step": begun, "cause": str(cause)}
+        self._write_metrics("rollback", event)
+        log.warning("step %d: %s; back to step %d", begun, cause, self.progress.step)
+
+    def train_step(self, samples: Sequence[Sample], *, monitor: bool = True) -> dict[str, Any]:
+        """Take one optimisation step; return its figures, with `monitor` those by layer and role.
+
+        Raises DivergenceError, before anything is changed, where loss or gradient is not finite.
+        """
         begin = time.perf_counter()
-        progress = self.progress
-        batch = collate(samples)
-        factor = set_learning_rates(self.optimisers, progress.step, self.config.steps, self.optim)
-        losses = compute_losses(self.model, batch, self.loss, self.teacher)
-        if not torch.isfinite(losses.total):
-            raise CheckpointError(
-                f"the loss at step {progress.step} is {losses.total.item()}: resume from the last "
-                "checkpoint with a lower learning rate"
-            )
-        losses.total.backward()
+        progress, config = self.progress, self.config
+        factor = schedule_factor(progress.step, config.steps, self.optim, progress.decay_from)
+        set_learning_rates(self.optimisers, factor)
+        parts = [collate(part) for part in _parts(samples, config.micro_tokens)]
+        weight = sum(float(part.ce_weight[part.predicted(1)].sum()) for part in parts)
+        whole, found = Whole(weight, len(samples)), list[Losses]()
+        with residual_norms(self.model, monitor) as residual:
+            for part in parts:
+                losses = compute_losses(
+                    self.model,
+                    part,
+                    self.loss,
+                    self.teacher,
+                    whole=whole,
+                    recompute=config.recompute,
+                )
+                losses.total.backward()
+                found.append(losses)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norms = gradient_norms(self.model) if monitor else {}
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.optim.max_grad_norm)
-        if not torch.isfinite(grad_norm):
-            raise CheckpointError(
-                f"the gradient at step {progress.step} is not finite: resume from the last "
-                "checkpoint with a lower learning rate"
-            )
+        if not (torch.isfinite(grad_norm) and all(torch.isfinite(f.total) for f in found)):
+            where = first_not_finite(self.model) or "the loss"
+            self._forget_gradients()
+            raise DivergenceError(f"{where} is not finite")
         for optimiser in self.optimisers:
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        max_vio = balance_experts(self.model, losses.routing, self.loss.bias_rate)
+        self._forget_gradients()
+        loads = expert_loads([record for losses in found for record in losses.routing])
+        balance_experts(self.model, loads, self.loss.bias_rate)
+        vios = max_violations(loads)
+        tokens = sum(part.layout.num_tokens for part in parts)
         progress.step += 1
-        progress.tokens += batch.layout.num_tokens
-        return {
+        progress.tokens += tokens
+        figures: dict[str, Any] = {
             "step": progress.step,
             "tokens": progress.tokens,
-            "loss": losses.ce,
-            "kl": losses.kl,
-            "mtp_loss": losses.mtp,
-            "balance": losses.balance,
-            "max_vio": max_vio,
+            "loss": sum(f.ce for f in found),
+            "kl": sum(f.kl for f in found),
+            "mtp_loss": sum(f.mtp for f in found),
+            "balance": sum(f.balance for f in found),
+            "max_vio": max(vios.values(), default=0.0),
             "grad_norm": float(grad_norm),
             "lr_factor": factor,
-            "tokens_per_s": batch.layout.num_tokens / (time.perf_counter() - begin),
+            "tokens_per_s": tokens / (time.perf_counter() - begin),
         }
+        if monitor:
+            figures |= {"max_vios": vios, "grad_norms": norms, "residual": residual}
+        return figures
+
+    def _forget_gradients(self) -> None:
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -207,45 +304,33 @@ class Trainer:
         return {"step": self.progress.step, "loss": total, "domains": domains_loss}
 
     def save(self) -> Path:
-        """Write checkpoint `step-N` atomically and drop the oldest beyond those kept."""
-        final = self.output / f"step-{self.progress.step:06d}"
-        if final.exists():
-            return final
-        partial = self.output / f"{final.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        """Write checkpoint `step-N` and drop the oldest beyond those kept."""
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        save_file(weights, partial / "model.safetensors")
-        save_file(self._optimiser_tensors(), partial / "optimiser.safetensors")
-        state = {"source": self.source.state_dict(), "progress": vars(self.progress)}
-        (partial / "state.json").write_text(json.dumps(state))
-        partial.rename(final)
-        for old in self.checkpoints()[: -self.config.keep_checkpoints]:
+        tensors = self._optimiser_tensors()
+        final = checkpoint.write(self.output, self.progress.step, weights, tensors, self._state())
+        for old in checkpoint.complete(self.output)[: -self.config.keep_checkpoints]:
             shutil.rmtree(old)
         return final
 
-    def checkpoints(self) -> list[Path]:
-        """Return the complete checkpoints under `output`, oldest first."""
-        return sorted(p for p in self.output.glob("step-*") if not p.name.endswith(".partial"))
+    def _state(self) -> dict[str, Any]:
+        spikes = {"recent": self.spikes.recent, "num_above": self.spikes.num_above}
+        return {
+            "source": self.source.state_dict(),
+            "progress": vars(self.progress),
+            "spikes": spikes,
+        }
 
     def resume(self) -> None:
         """Continue from the newest checkpoint under `output`, if there is one."""
-        found = self.checkpoints()
+        found = checkpoint.complete(self.output)
         if not found:
             return
-        try:
-            weights = load_file(found[-1] / "model.safetensors")
-            tensors = load_file(found[-1] / "optimiser.safetensors")
-            state = json.loads((found[-1] / "state.json").read_text())
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(
-                f"checkpoint {found[-1]} cannot be read ({error}): delete it to resume from the "
-                "one before"
-            ) from error
+        weights, tensors, state = checkpoint.read(found[-1])
         self.model.load_state_dict(weights)
         self._restore_optimisers(tensors)
         self.source.load_state_dict(state["source"])
         self.progress = _Progress(**state["progress"])
+        self.spikes = Spikes(self.stability, **state["spikes"])
         self._forget_metrics_after(self.progress.step)
         log.info("resumed from %s", found[-1])
 
@@ -283,8 +368,25 @@ class Trainer:
         partial.replace(file)
 
     def _write_metrics(self, kind: str, figures: dict[str, Any]) -> None:
+        if kind != "rollback":
+            flat = flatten({k: v for k, v in figures.items() if k != "step"}, kind)
+            for sink in self._sinks:
+                sink(figures["step"], flat)
         with (self.output / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"kind": kind, **figures}) + "\n")
+
+
+def _parts(samples: Sequence[Sample], budget: int | None) -> Iterator[list[Sample]]:
+    """Cut the samples of a step into parts of at most `budget` tokens, in order."""
+    part: list[Sample] = []
+    size = 0
+    for sample in samples:
+        size += len(sample.tokens)
+        if part and budget is not None and size > budget:
+            yield part
+            part, size = [], len(sample.tokens)
+        part.append(sample)
+    yield part
 
 
 def _stop_signals() -> tuple[signal.Signals, ...]:

@@ -76,11 +76,11 @@ def test_goes_on_with_its_own_work_only(tmp_path, samples, monkeypatch):
     begun: list[int] = []
     original = trainer.Trainer.train_step
 
-    def step(self, batch):
+    def step(self, batch, **options):
         begun.append(self.progress.step)
         if len(begun) == 3:
             raise KeyboardInterrupt
-        return original(self, batch)
+        return original(self, batch, **options)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", step)
     with pytest.raises(KeyboardInterrupt):

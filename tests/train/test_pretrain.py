@@ -70,8 +70,8 @@ def test_stopped_run_exports_nothing_and_continues(
 ) -> None:
     step = Trainer.train_step
 
-    def stop_after_first(self: Trainer, samples: Any) -> dict[str, float]:
-        figures = step(self, samples)
+    def stop_after_first(self: Trainer, samples: Any, **options: Any) -> dict[str, Any]:
+        figures = step(self, samples, **options)
         self._request_stop(15, None)
         return figures
 

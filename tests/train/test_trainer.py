@@ -6,18 +6,22 @@ import os
 import random
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from aprium.base.errors import CheckpointError
+from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.records import Sample
 from aprium.model.model import HybridModel
 from aprium.model.presets import PRESETS
+from aprium.train import checkpoint
 from aprium.train.losses import LossConfig
+from aprium.train.monitor import StabilityConfig
 from aprium.train.optim import OptimConfig
+from aprium.train.sinks import open_sinks
 from aprium.train.trainer import Trainer, TrainerConfig
 
 TOY = PRESETS["toy"]
@@ -50,7 +54,13 @@ class Copies:
         self.index = state["index"]
 
 
-def make(output: Path, steps: int, source: Copies | None = None, every: int = 4) -> Trainer:
+def make(
+    output: Path,
+    steps: int,
+    source: Copies | None = None,
+    every: int = 4,
+    stability: StabilityConfig | None = None,
+) -> Trainer:
     model = HybridModel(TOY, dtype=torch.float32)
     model.init_weights(torch.Generator().manual_seed(0))
     held = Copies()
@@ -64,6 +74,7 @@ def make(output: Path, steps: int, source: Copies | None = None, every: int = 4)
         optim=OptimConfig(lr=3e-3, muon_lr=0.01, warmup_steps=3),
         loss=LossConfig(),
         config=config,
+        stability=stability,
     )
 
 
@@ -80,7 +91,7 @@ def test_loss_falls_and_outputs_are_written(tmp_path: Path) -> None:
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["kind"] for line in lines]
     assert kinds.count("train") == 40 and kinds.count("heldout") == 8
-    assert [p.name for p in trainer.checkpoints()] == ["step-000036", "step-000040"]
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-000036", "step-000040"]
 
 
 def test_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:
@@ -130,9 +141,125 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         make(tmp_path, 8).run()
 
 
+def test_changed_byte_is_noticed(tmp_path: Path) -> None:
+    make(tmp_path, 4).run()
+    file = tmp_path / "step-000004" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
+        make(tmp_path, 8).run()
+
+
+def test_full_disk_is_told_and_the_earlier_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, 4).run()
+
+    def full(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            make(tmp_path, 6).run()
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-000004"]
+    resumed = make(tmp_path, 6)
+    assert resumed.run()
+    straight = make(tmp_path / "straight", 6)
+    straight.run()
+    for one, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_infinite_loss_stops_the_run(tmp_path: Path) -> None:
     trainer = make(tmp_path, 4)
     with torch.no_grad():
         trainer.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="loss at step 0"):
+    with pytest.raises(CheckpointError, match=r"step 0: the weight of lm_head\.weight"):
         trainer.run()
+
+
+class Poisoned(Copies):
+    """Batches of which one has a weight that makes the gradient infinite."""
+
+    def next_batch(self) -> Sequence[Sample]:
+        bad = self.index == 6
+        samples = super().next_batch()
+        if not bad:
+            return samples
+        return [_weighted(sample, float("inf")) for sample in samples]
+
+
+def _weighted(sample: Sample, factor: float) -> Sample:
+    weights = tuple(w * factor if w else 0.0 for w in sample.ce_weight)
+    return replace(sample, ce_weight=weights)
+
+
+@pytest.mark.parametrize("action", ["rollback", "anneal"])
+def test_divergence_goes_back_and_on_with_the_data_after_it(
+    tmp_path: Path, action: Literal["rollback", "anneal"]
+) -> None:
+    trainer = make(tmp_path, 12, Poisoned(), stability=StabilityConfig(action=action))
+    assert trainer.run()
+    assert trainer.progress.rollbacks == 1
+    assert trainer.source.state_dict()["index"] == 7 + trainer.progress.step - 4
+    assert trainer.progress.step == (12 if action == "rollback" else 4 + 3)
+    steps = [f["step"] for f in trainer.progress.train]
+    assert steps == list(range(1, trainer.progress.step + 1))
+    events = [x for x in _metrics(tmp_path) if x["kind"] == "rollback"]
+    assert len(events) == 1 and "not finite" in events[0]["cause"]
+
+
+def test_no_more_rollbacks_than_allowed(tmp_path: Path) -> None:
+    class Hopeless(Copies):
+        def next_batch(self) -> Sequence[Sample]:
+            return [_weighted(sample, float("nan")) for sample in super().next_batch()]
+
+    limit = StabilityConfig(action="rollback", max_rollbacks=2)
+    with pytest.raises(CheckpointError, match="after 2 rollbacks"):
+        make(tmp_path, 12, Hopeless(), stability=limit).run()
+
+
+def test_parts_of_a_step_and_recomputed_layers_give_its_gradients(tmp_path: Path) -> None:
+    plain = make(tmp_path / "a", 1)
+    plain.run()
+    for name, settings in {"b": {"micro_tokens": 20}, "c": {"recompute": True}}.items():
+        other = make(tmp_path / name, 1)
+        other.config = replace(other.config, **settings)
+        other.run()
+        (wanted,), (found,) = plain.progress.train, other.progress.train
+        for key in ("loss", "mtp_loss", "balance", "grad_norm"):
+            assert found[key] == pytest.approx(wanted[key], rel=1e-5), (name, key)
+        assert found["max_vios"] == wanted["max_vios"]
+
+
+def test_bfloat16_activations_learn_as_float32_ones(tmp_path: Path) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = make(tmp_path / dtype, 30)
+        trainer.config = replace(trainer.config, dtype=dtype)
+        trainer.model.compute_dtype = getattr(torch, dtype)
+        trainer.run()
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+        losses[dtype] = trainer.progress.heldout[-1]["loss"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_page_shows_curves_by_role_and_layer(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 5)
+    trainer.run()
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2 and "http-equiv" not in page
+    last = trainer.progress.train[-1]
+    assert set(last["grad_norms"]) >= {"mtp", "embedding", "head", "router", "experts", "mamba"}
+    total = sum(value**2 for value in last["grad_norms"].values()) ** 0.5
+    assert total == pytest.approx(last["grad_norm"], rel=1e-4)
+    assert next(iter(last["residual"])) == "backbone.layers.0"
+    assert last["max_vio"] == max(last["max_vios"].values())
+
+
+def test_unknown_sink_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="use tensorboard or wandb"):
+        open_sinks(("mlflow",), tmp_path, {})

@@ -1,0 +1,114 @@
+"""Training checkpoints on disk: written whole or not at all, and checked when read.
+
+A checkpoint is a directory `step-N` with `model.safetensors`, `optimiser.safetensors` and
+`state.json`, which holds the digests of the other two. It is written beside its name, flushed to
+the disk and renamed into place, so that a fault at any moment leaves the previous one whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aprium.base.errors import CheckpointError
+
+_MODEL, _OPTIMISER, _STATE = "model.safetensors", "optimiser.safetensors", "state.json"
+
+
+def complete(output: Path) -> list[Path]:
+    """Return the checkpoints under `output`, oldest first."""
+    return sorted(p for p in output.glob("step-*") if not p.name.endswith(".partial"))
+
+
+def write(
+    output: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    optimiser: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write checkpoint `step-N` under `output`, unless it is there; returns its directory.
+
+    Raises CheckpointError where the disk is full or cannot be written; earlier ones stay as they
+    are.
+    """
+    final = output / f"step-{step:06d}"
+    if final.exists():
+        return final
+    partial = output / f"{final.name}.partial"
+    with _explained(final, partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file(dict(weights), partial / _MODEL)
+        save_file(dict(optimiser), partial / _OPTIMISER)
+        digests = {name: _digest(partial / name) for name in (_MODEL, _OPTIMISER)}
+        text = json.dumps({**state, "digests": digests})
+        (partial / _STATE).write_text(text, encoding="utf-8")
+        for name in (_MODEL, _OPTIMISER, _STATE):
+            _flush(partial / name)
+        _flush(partial)
+        partial.rename(final)
+        _flush(output)
+    return final
+
+
+def read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Return weights, optimiser tensors and state; raise CheckpointError for a damaged file."""
+    try:
+        state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+        for name, digest in state.pop("digests").items():
+            if _digest(directory / name) != digest:
+                raise ValueError(f"{name} is not what was written")
+        return load_file(directory / _MODEL), load_file(directory / _OPTIMISER), state
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint {directory} cannot be read ({error}): delete it to resume from the one "
+            "before"
+        ) from error
+
+
+def replace_state(directory: Path, state: Mapping[str, Any]) -> None:
+    """Replace the state of a checkpoint, and leave its tensors."""
+    file, partial = directory / _STATE, directory / f"{_STATE}.partial"
+    with _explained(directory, partial):
+        digests = json.loads(file.read_text(encoding="utf-8"))["digests"]
+        partial.write_text(json.dumps({**state, "digests": digests}), encoding="utf-8")
+        _flush(partial)
+        partial.replace(file)
+        _flush(directory)
+
+
+@contextlib.contextmanager
+def _explained(final: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"checkpoint {final} cannot be written ({error}): earlier ones are whole; make room "
+            "and give the same command again"
+        ) from error
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

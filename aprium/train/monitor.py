@@ -1,0 +1,174 @@
+"""What a run watches: balance and residual stream by layer, gradients by role, divergence.
+
+The figures are those that would have told of the published runs' two divergences early: the worst
+MaxVio of each layer, the norm of the residual stream after each layer, and gradient norms by role
+of parameter. What is not finite is named. Source: docs/training.md.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from aprium.base.errors import ConfigError
+from aprium.model.model import Block, HybridModel, MoE, Routing
+
+# Role of a parameter by a part of its name; the first that fits.
+_ROLES = (
+    ("mtp", r"^mtp\."),
+    ("embedding", r"embeddings\."),
+    ("head", r"^lm_head\."),
+    ("router", r"\.gate\."),
+    ("experts", r"\.experts\."),
+    ("shared_experts", r"\.shared_experts\."),
+    ("latent", r"_latent_proj\."),
+    ("attention", r"\.[qkvo]_proj\."),
+    ("mamba", r"\.(in_proj|out_proj|conv1d|A_log|D|dt_bias)\b"),
+    ("norm", r"norm"),
+    ("mlp", r"\.(up|down)_proj\."),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """What counts as a divergence, and what is done about it.
+
+    A loss or gradient that is not finite always does; so does, with `spike_ratio`, a training loss
+    above that many times the median of the last `window` steps for `patience` steps in a row.
+    "stop" raises; "rollback" goes back to the last checkpoint and on with the data that follow;
+    "anneal" does so and starts the decay of the learning rate there. After `max_rollbacks` the run
+    stops.
+    """
+
+    spike_ratio: float | None = None
+    patience: int = 3
+    window: int = 50
+    action: Literal["stop", "rollback", "anneal"] = "stop"
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.spike_ratio is not None and self.spike_ratio <= 1:
+            raise ConfigError(f"stability.spike_ratio is {self.spike_ratio}: it must be above 1")
+        for name in ("patience", "window", "max_rollbacks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"stability.{name} is {getattr(self, name)}: it must be positive")
+
+
+class DivergenceError(Exception):
+    """A step that must not be taken; the message says what was seen."""
+
+
+@dataclass
+class Spikes:
+    """Watch the training loss for what `StabilityConfig` calls a spike."""
+
+    config: StabilityConfig
+    recent: list[float] = field(default_factory=list)
+    num_above: int = 0
+
+    def see(self, loss: float) -> None:
+        """Take the loss of a step; raise DivergenceError when it was too high for too long."""
+        ratio, window = self.config.spike_ratio, self.config.window
+        if ratio is None:
+            return
+        usual = statistics.median(self.recent) if len(self.recent) >= window // 2 else math.inf
+        if loss > ratio * usual:  # not among what is usual
+            self.num_above += 1
+            if self.num_above >= self.config.patience:
+                raise DivergenceError(
+                    f"the loss is {loss:.4g} after {self.num_above} steps above {ratio:g} times "
+                    f"its median of {usual:.4g}"
+                )
+            return
+        self.num_above = 0
+        self.recent = [*self.recent, loss][-window:]
+
+
+def role_of(name: str) -> str:
+    """Return the role of the parameter called `name`."""
+    for role, pattern in _ROLES:
+        if re.search(pattern, name):
+            return role
+    return "other"
+
+
+@torch.no_grad()
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Return the gradient's 2-norm by role of parameter."""
+    squares: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            role = role_of(name)
+            squares[role] = squares.get(role, 0.0) + float(parameter.grad.float().square().sum())
+    return {role: math.sqrt(total) for role, total in sorted(squares.items())}
+
+
+def first_not_finite(model: nn.Module) -> str:
+    """Name the first parameter whose value or gradient is not finite; "" if there is none."""
+    found = dict(model.named_parameters())
+    for name, parameter in found.items():
+        if not torch.isfinite(parameter).all():
+            return f"the weight of {name}"
+    for name, parameter in found.items():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name}"
+    return ""
+
+
+def expert_loads(routing: Sequence[Routing]) -> dict[str, Tensor]:
+    """Return by layer how many tokens chose each expert, float32 [E]; all depths of a head add."""
+    loads: dict[str, Tensor] = {}
+    for record in routing:
+        count = record.experts.flatten().bincount(minlength=record.scores.shape[1]).float()
+        loads[record.name] = loads[record.name] + count if record.name in loads else count
+    return loads
+
+
+def max_violations(loads: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return MaxVio by layer: the largest expert's load over the mean load; 1 is balance."""
+    return {name: float(load.max() / load.mean()) for name, load in loads.items()}
+
+
+@torch.no_grad()
+def balance_experts(model: HybridModel, loads: Mapping[str, Tensor], rate: float) -> None:
+    """Move each layer's selection bias by `rate` towards its underloaded experts."""
+    for name, load in loads.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, MoE)
+        bias = layer.gate.e_score_correction_bias
+        bias += rate * torch.sign(load.mean() - load)
+        # Only differences matter; centring keeps the values small over a long run.
+        bias -= bias.mean()
+
+
+@contextmanager
+def residual_norms(model: HybridModel, wanted: bool) -> Iterator[dict[str, float]]:
+    """Collect the root-mean-square of the residual stream after each layer of what runs inside."""
+    found: dict[str, float] = {}
+    if not wanted:
+        yield found
+        return
+
+    def note(name: str, x: Tensor) -> None:
+        found.setdefault(name, float(x.detach().float().square().mean().sqrt()))
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, inputs, x: note(name, x)
+
+    hooks = [
+        block.register_forward_hook(hook(name))
+        for name, block in model.named_modules()
+        if isinstance(block, Block)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in hooks:
+            handle.remove()
