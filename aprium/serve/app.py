@@ -69,7 +69,8 @@ def create_app(engine: "AsyncEngine", config: ServeConfig) -> FastAPI:
     app.state.service = service = Service(engine, config)
     for method, path, handler in _routes(service):
         app.add_api_route(path, handler, methods=[method], response_model=None)
-    include_pages(app, engine, config.web)
+    if config.web:
+        include_pages(app)
     document = describe(app, bool(config.api_keys))
     app.openapi = lambda: document
     return app

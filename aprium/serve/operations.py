@@ -6,6 +6,7 @@ The routes of control change the engine for everybody, so they want a key of the
 
 import dataclasses
 import functools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,16 @@ class OperationRoutes:
         return Response(self._service.metrics.text(), headers={"content-type": _TEXT})
 
     async def load(self) -> Response:
-        """Return how much is going on, as JSON."""
-        admission = self._service.admission
+        """Return how much is going on, and the engine's counters, of which a client takes rates.
+
+        `time_s` is of a clock that only goes forward, since an unknown moment.
+        """
+        admission, failed = self._service.admission, self._engine.failed
         return Json(
             {
+                "time_s": time.monotonic(),
+                "failed": None if failed is None else str(failed),
+                "max_model_len": self._engine.max_model_len,
                 "server_load": admission.num_requests,
                 "queued_requests": admission.num_queued,
                 "queued_tokens": admission.num_queued_tokens,

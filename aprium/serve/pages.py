@@ -1,22 +1,17 @@
-"""The web page: its files under a strict policy, and the figures of its live view as JSON.
+"""The web page: its files, under a strict policy.
 
 The page is a client like any other: it holds no secret and answers without a key, while every call
 that it makes needs one. What a model writes is not trusted, so the policy allows scripts and styles
 of these files only, no other host, and no text that is made into markup.
 """
 
-import dataclasses
 import hashlib
-import time
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
-
-if TYPE_CHECKING:
-    from aprium.engine.client import AsyncEngine
 
 # File -> its type. Nothing else in the directory is served.
 FILES = {
@@ -57,27 +52,10 @@ HEADERS = {
 }
 
 
-def include_pages(app: FastAPI, engine: "AsyncEngine", enabled: bool) -> None:
-    """Add `/v1/stats` to `app` and, where `enabled`, the page and its files."""
-    routes = APIRouter()
-
-    async def stats() -> dict[str, Any]:
-        """Return the engine's gauges and counters; rates are for the client to take."""
-        return {
-            "object": "engine.stats",
-            "time_s": time.monotonic(),
-            "failed": None if engine.failed is None else str(engine.failed),
-            "max_model_len": engine.max_model_len,
-            **dataclasses.asdict(engine.stats()),
-        }
-
-    routes.add_api_route("/v1/stats", stats, methods=["GET"], response_model=None)
-    if enabled:
-        for path, name in PATHS.items():
-            routes.add_api_route(
-                path, _page(name), methods=["GET", "HEAD"], include_in_schema=False
-            )
-    app.include_router(routes)
+def include_pages(app: FastAPI) -> None:
+    """Add the page and its files to `app`."""
+    for path, name in PATHS.items():
+        app.add_api_route(path, _page(name), methods=["GET", "HEAD"], include_in_schema=False)
 
 
 def _page(name: str) -> Any:

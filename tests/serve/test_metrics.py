@@ -1,11 +1,18 @@
 """What Prometheus reads, with its own parser as the judge."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from aprium.base.errors import EngineError
+from aprium.engine.config import EngineStats
+from aprium.serve import app
 from tests.serve.conftest import FakeEngine
-from tests.serve.test_app import USER, chat, events
+from tests.serve.test_app import USER, chat, events, failure
 
 NAMES = """
 vllm:num_requests_running vllm:num_requests_waiting vllm:kv_cache_usage_perc
@@ -55,3 +62,24 @@ def test_load_is_json(client: TestClient) -> None:
     assert load["server_load"] == 0
     assert load["engine"]["pages_total"] == 8
     assert load["queued_requests"] == 0 and not load["closing"]
+
+
+def test_load_has_all_that_the_engine_counts(client: TestClient, engine: FakeEngine) -> None:
+    before = client.get("/load").json()
+    assert set(before["engine"]) == {field.name for field in dataclasses.fields(EngineStats)}
+    assert (before["failed"], before["max_model_len"]) == (None, 500)
+    assert before["engine"]["prefix_misses"] == {"new": 3}
+    assert before["engine"]["drafts_accepted"] == [6, 2]
+    engine.failed = EngineError("the engine has failed: on purpose")
+    after = client.get("/load").json()
+    assert after["failed"] == "the engine has failed: on purpose"
+    assert after["time_s"] > before["time_s"]
+
+
+def test_there_is_one_route_of_figures(client: TestClient) -> None:
+    failure(client.get("/v1/stats"), 404)
+    live = Path(app.__file__).parent.joinpath("web", "live.js").read_text(encoding="utf-8")
+    own = {"time_s", "failed", "max_model_len"}
+    known = own | {field.name for field in dataclasses.fields(EngineStats)}
+    assert own <= set(client.get("/load").json())
+    assert set(re.findall(r"\bstats\.(\w+)", live)) <= known

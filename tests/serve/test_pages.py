@@ -1,6 +1,5 @@
 """The web page's files, their headers and keys, and the engine's figures as JSON."""
 
-import dataclasses
 import re
 from collections.abc import Callable
 from importlib.resources import files
@@ -8,10 +7,7 @@ from importlib.resources import files
 import pytest
 from starlette.testclient import TestClient
 
-from aprium.base.errors import EngineError
-from aprium.engine.config import EngineStats
 from aprium.serve.pages import FILES, PATHS
-from tests.serve.conftest import FakeEngine
 
 WEB = files("aprium.serve").joinpath("web")
 
@@ -66,8 +62,8 @@ def test_a_file_that_is_known_is_not_sent_again(client: TestClient) -> None:
 def test_the_page_needs_no_key_and_its_figures_do(make_client: Callable[..., TestClient]) -> None:
     client = make_client(api_keys=("k",))
     assert {client.get(path).status_code for path in PATHS} == {200}
-    assert client.get("/v1/stats").status_code == 401
-    assert client.get("/v1/stats", headers={"Authorization": "Bearer k"}).status_code == 200
+    assert client.get("/load").status_code == 401
+    assert client.get("/load", headers={"Authorization": "Bearer k"}).status_code == 200
     for path in ("/web", "/web/", "/web/x", "/index.html"):
         assert client.get(path).status_code == 401
 
@@ -75,29 +71,12 @@ def test_the_page_needs_no_key_and_its_figures_do(make_client: Callable[..., Tes
 def test_without_the_page(make_client: Callable[..., TestClient]) -> None:
     client = make_client(web=False)
     assert {client.get(path).status_code for path in PATHS} == {404}
-    assert client.get("/v1/stats").status_code == 200
-
-
-def test_figures(client: TestClient, engine: FakeEngine) -> None:
-    before = client.get("/v1/stats").json()
-    fields = {field.name for field in dataclasses.fields(EngineStats)}
-    assert set(before) == fields | {"object", "time_s", "failed", "max_model_len"}
-    assert (before["object"], before["failed"], before["max_model_len"]) == (
-        "engine.stats",
-        None,
-        500,
-    )
-    assert before["prefix_misses"] == {"new": 3}
-    assert before["drafts_accepted"] == [6, 2]
-    engine.failed = EngineError("the engine has failed: on purpose")
-    after = client.get("/v1/stats").json()
-    assert after["failed"] == "the engine has failed: on purpose"
-    assert after["time_s"] > before["time_s"]
+    assert client.get("/load").status_code == 200
 
 
 def test_the_page_is_no_part_of_the_api_description(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    assert "/v1/stats" in paths and not set(paths) & set(PATHS)
+    assert "/load" in paths and not set(paths) & set(PATHS)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in FILES if name.endswith(".js")))

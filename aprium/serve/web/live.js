@@ -56,7 +56,8 @@ export class Live {
     const due = performance.now() + EVERY_MS;
     clearTimeout(this.timer);
     try {
-      this.take(await json("v1/stats"));
+      const { engine, ...server } = await json("load");
+      this.take({ ...engine, ...server });
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       this.fail(error);

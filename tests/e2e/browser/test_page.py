@@ -241,7 +241,7 @@ def test_thinking_is_finished_and_the_answer_stopped(noise: str, show: Callable[
     assert page.input_value("#message") == "not sent yet"
     headers = {"Authorization": f"Bearer {KEY}"}
     for _ in range(100):
-        stats = httpx2.get(f"{noise}/v1/stats", headers=headers).json()
+        stats = httpx2.get(f"{noise}/load", headers=headers).json()["engine"]
         if not stats["num_running"]:
             break
         page.wait_for_timeout(50)
@@ -466,7 +466,7 @@ def test_live_figures(pico: str, show: Callable[..., Any]) -> None:
     assert names == [
         "Generated", "Running", "Cache in use", "Prompts reused", "Drafts accepted", "Step"
     ]  # fmt: skip
-    stats = httpx2.get(f"{pico}/v1/stats").json()
+    stats = httpx2.get(f"{pico}/load").json()["engine"]
     totals = dict(zip(page.locator("#live .totals dt").all_inner_texts(),
                       page.locator("#live .totals b").all_inner_texts(), strict=True))  # fmt: skip
     assert totals["Requests finished"] == f"{stats['num_finished']:,}"
