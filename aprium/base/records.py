@@ -80,7 +80,9 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. Filters apply in
     the order temperature, top-k, top-p, min-p. `logprobs` asks for that many alternatives at each
     generated position, `prompt_logprobs` likewise for the prompt; 0 gives the chosen token alone.
-    `max_tokens` None means up to the model's context. `seed` makes one request reproducible
+    `max_tokens` None means up to the model's context. Before `min_tokens` are written no end token,
+    stop token or stop string ends the text: the tokens are not chosen, the strings not looked for,
+    unless a guide leaves nothing else. `seed` makes one request reproducible
     whatever it is batched with. `n` continuations are given, of `best_of` that are made those with
     the best mean log-probability. With a `guide` only tokens that keep to its form are chosen,
     before the filters apply. Once `thinking_budget` tokens of reasoning are written it is closed at
@@ -90,6 +92,7 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 256
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -131,6 +134,12 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise RequestError(f"{name} must be an integer, not {value!r}", param=name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens} and max_tokens is {self.max_tokens}: raise "
+                "max_tokens, or ask for fewer",
+                param="min_tokens",
+            )
         if self.best_of is not None and self.best_of < self.n:
             raise RequestError(
                 f"best_of is {self.best_of} and n is {self.n}: no more can be chosen than are made",
@@ -174,12 +183,13 @@ def _read_bias(value: Any) -> tuple[tuple[int, float], ...]:
 # Fields that a checkpoint's `generation_config.json` may recommend values for.
 RECOMMENDED_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _INTEGERS = (
-    *("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n", "best_of"),
+    *("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n", "best_of"),
     *("thinking_budget", "thinking_grace"),
 )
 _TAGS = ("</think>", "<tool_call>")
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 0, math.inf),
+    ("min_tokens", 0, math.inf),
     ("temperature", 0, 100),
     ("top_p", 0, 1),
     ("top_k", 0, math.inf),

@@ -2,7 +2,8 @@
 
 Text lags behind tokens twice: the decoder holds half a character, and an end of the text that
 could still become a stop string is held back, so that no reader ever sees part of one. When a stop
-string is complete the continuation ends there, whatever the engine sends after.
+string is complete the continuation ends there, whatever the engine sends after; before as many
+tokens as an answer must have it is text like any other.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ class Assembler:
     """One continuation as its reader sees it.
 
     `finish` is set when it has ended; `cut` tells that a stop string ended it, so that the engine
-    must be told to abort. `stream` None is a model without a tokenizer: the text stays empty.
+    must be told to abort. No stop string is looked for in the text of the first `min_tokens`.
+    `stream` None is a model without a tokenizer: the text stays empty.
     """
 
     def __init__(
@@ -37,12 +39,13 @@ class Assembler:
         stop: tuple[str, ...],
         stream: TextStream | None,
         index: int = 0,
+        min_tokens: int = 0,
     ) -> None:
         self.index = index
         self.finish: str | None = None
         self.cut = False
         self._prompt_tokens = prompt_tokens
-        self._stop = stop
+        self._stop, self._min_tokens = stop, min_tokens
         self._stream = stream
         self._text = ""
         self._tokens: list[int] = []
@@ -117,7 +120,7 @@ class Assembler:
         """Append text; at a stop string, cut there, end, and return True."""
         before = len(self._text)
         self._text += piece
-        if not piece or not self._stop:
+        if not piece or not self._stop or len(self._tokens) <= self._min_tokens:
             return False
         # The match that is complete first, whatever the pieces; of two, the one that began first.
         found = [

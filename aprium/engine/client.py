@@ -438,6 +438,7 @@ class _Jobs:
             self.assemblers[id] = assembler = Assembler(
                 prompt_tokens=tokens,
                 stop=params.stop,
+                min_tokens=params.min_tokens,
                 stream=None if self._tokenizer is None else self._tokenizer.stream(),
                 index=index,
             )

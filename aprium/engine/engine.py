@@ -220,6 +220,13 @@ class Engine:
                 f"for at most {room}, or for max_tokens None",
                 param="max_tokens",
             )
+        if params.min_tokens > room:
+            raise RequestError(
+                f"min_tokens is {params.min_tokens} and the prompt has {len(tokens)} tokens: the "
+                f"context of {self.max_model_len} (max_model_len) leaves {max(room, 0)}; ask for "
+                "no more",
+                param="min_tokens",
+            )
         if self._grammars is not None:
             self._grammars.check(params, request.thinking)
         elif params.guide is not None or request.thinking:
@@ -235,6 +242,7 @@ class Engine:
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         limit = params.max_tokens
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        stops = eos.union(params.stop_token_ids)
         now = time.perf_counter()
         shares = self.config.enable_prefix_caching
         self.scheduler.add(
@@ -245,7 +253,8 @@ class Engine:
                 params=params,
                 max_tokens=self.max_model_len - len(request.tokens) if limit is None else limit,
                 seed=seed,
-                stop_ids=eos.union(params.stop_token_ids),
+                stop_ids=stops,
+                floor=_all_but(stops, self.vocab_size) if params.min_tokens and stops else None,
                 salt=request.cache_salt if shares else f"only {request.follows or request.id}",
                 private=not shares,
                 guide=self._guide(request),
@@ -591,6 +600,14 @@ def check_salt(salt: str) -> None:
             f"cache_salt is {str(salt)[:40]!r}: it must be text of at most 256 bytes",
             param="cache_salt",
         )
+
+
+def _all_but(tokens: Iterable[int], vocab_size: int) -> bytes:
+    """Return the mask (see `SequenceGuide`) of a vocabulary without `tokens`."""
+    mask = bytearray(b"\xff" * -(-vocab_size // 8))
+    for token in tokens:
+        mask[token // 8] &= ~(1 << token % 8)
+    return bytes(mask)
 
 
 def room_for(params: SamplingParams, room: int) -> int:

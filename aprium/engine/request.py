@@ -7,6 +7,7 @@ are in the sequence's state, the last `num_late` of those in its ring; a sequenc
 running owns no slot and no pages, and has no drafts.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +21,8 @@ from aprium.engine.prefix import Node
 class LiveSequence:
     """The engine's record of one request.
 
-    `stop_ids` end the text, `max_tokens` bounds it, `seed` drives sampling. `status` is "waiting",
+    `stop_ids` end the text, of which `floor`, a mask, has none; it holds for the first `min_tokens`
+    of `params`. `max_tokens` bounds the text, `seed` drives sampling. `status` is "waiting",
     "running" or "finished"; `pages` and `slot` are set while running. `num_scored` counts the
     prompt positions whose log-probabilities are in `prompt_logprobs`. `drafts` may follow `tokens`;
     `num_drafted` and `num_accepted` count drafts verified. The prediction head has read positions
@@ -45,6 +47,7 @@ class LiveSequence:
     max_tokens: int
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
+    floor: bytes | None = None
     num_computed: int = 0
     num_scored: int = 0
     status: str = "waiting"
@@ -138,11 +141,27 @@ class LiveSequence:
             return 0, ()
         return first - start, tuple(self.tokens[first + 1 : last + 1])
 
+    def masks(self, drafts: Sequence[int]) -> tuple[bytes | None, ...]:
+        """Return what may follow the tokens so far, and each of `drafts` after them.
+
+        As `SequenceGuide.masks` does, of which a mask that the floor would leave empty stands; no
+        masks where everything may follow.
+        """
+        early = max(self.params.min_tokens - self.num_generated, 0)
+        floors = (self.floor,) * early if self.floor is not None else ()
+        if self.guide is None and not floors:
+            return ()
+        count = len(drafts) + 1
+        masks = self.guide.masks(drafts) if self.guide is not None else (None,) * count
+        paired = itertools.zip_longest(masks, floors[: len(masks)])
+        return tuple(_both(mask, floor) for mask, floor in paired)
+
     def append(self, token: int) -> None:
         """Add a generated token, and set `finish` where it is the last."""
         self.tokens.append(token)
         guide = self.guide
-        if token in self.stop_ids:
+        # A stop token that comes too early was forced by the guide, which knows if it is the end.
+        if token in self.stop_ids and self.num_generated > self.params.min_tokens:
             self.finish = "stop"
             return
         if guide is not None and guide.error is None:
@@ -161,3 +180,11 @@ class LiveSequence:
             self.prompt_top_logprobs.append(None)
         self.prompt_logprobs.extend(logprobs)
         self.prompt_top_logprobs.extend(alternatives)
+
+
+def _both(mask: bytes | None, floor: bytes | None) -> bytes | None:
+    """Return the tokens in both masks, or `mask` where there are none."""
+    if mask is None or floor is None:
+        return mask or floor
+    both = int.from_bytes(mask, "little") & int.from_bytes(floor, "little")
+    return both.to_bytes(len(mask), "little") if both else mask

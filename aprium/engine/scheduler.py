@@ -35,7 +35,7 @@ class Segment(NamedTuple):
     last row chooses the token at position `start + len(tokens)`. Rows `score_from`, `score_from`
     + 1, ... are scored against `targets` (the prompt's next tokens). The last `num_drafts` tokens
     are drafts: the rows before and at them choose what should stand there, each among the tokens
-    that its one of `masks` (see `SequenceGuide`) allows, if there are any. `late` tokens before
+    that its one of `masks` (see `LiveSequence`) allows, if there are any. `late` tokens before
     `start` are in the ring. Of the drafting that follows the step, `draft` is the number of tokens
     wanted, `head_start` where the head's own reading begins (None: it does not read), and
     `next_token` the known token after the segment. `pool` says how its hidden states are pooled.
@@ -313,8 +313,7 @@ class Scheduler:
         score_from, targets = sequence.targets(start, count)
         samples = end == sequence.num_tokens and sequence.max_tokens > 0
         masks: tuple[bytes | None, ...] = ()
-        if samples and sequence.guide is not None:
-            masks = sequence.guide.masks(drafts)
+        if samples and (masks := sequence.masks(drafts)):
             drafts = drafts[: len(masks) - 1]  # the rest could not be accepted
         # A draft is of use if a token is still to come after the one that this step chooses.
         wanted = min(num_drafts, sequence.room - 2) if samples else 0

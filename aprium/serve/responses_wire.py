@@ -16,7 +16,13 @@ from aprium.serve.wire import ChatRequest, UnsupportedFields
 # Fields of a chat request that may be given here as they are.
 _PASSED = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "cache_salt", "priority"),
-    *("deadline_s", "parallel_tool_calls", "chat_template_kwargs", "thinking_token_budget"),
+    *(
+        "min_tokens",
+        "deadline_s",
+        "parallel_tool_calls",
+        "chat_template_kwargs",
+        "thinking_token_budget",
+    ),
 )
 _NONE = (None, [], {}, "")
 _REFUSED: dict[str, tuple[Sequence[Any], str]] = {

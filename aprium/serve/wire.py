@@ -37,7 +37,6 @@ _REFUSED: dict[str, tuple[Sequence[Any], str]] = {
     "use_beam_search": (_NEUTRAL, "beam search is not supported, use n and temperature"),
     "bad_words": (_NEUTRAL, "token biases are not supported, leave it out"),
     "allowed_token_ids": (_NEUTRAL, "token biases are not supported, leave it out"),
-    "min_tokens": (_NEUTRAL, "use ignore_eos with max_tokens for a fixed length"),
     "guided_whitespace_pattern": (_NEUTRAL, "use structured_outputs with whitespace_pattern"),
     "structural_tag": (_NEUTRAL, "use tools for calls, or a grammar"),
     "functions": (_NEUTRAL, "use tools, which replaced it"),
@@ -136,6 +135,7 @@ class _Generation(_Body):
     stop: StrictStr | list[StrictStr] | None = None
     stop_token_ids: list[StrictInt] | None = None
     ignore_eos: bool = False
+    min_tokens: StrictInt | None = None
     max_tokens: StrictInt | None = None
     return_token_ids: bool = False
     logit_bias: dict[StrictStr, float] | None = None
@@ -190,6 +190,7 @@ class _Generation(_Body):
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens or 0,
             **more,
         )
 

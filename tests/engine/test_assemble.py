@@ -25,9 +25,12 @@ class Letters:
         return self.held.replace("~", "?")
 
 
-def assembled(pieces, stop=(), finish="length", per_delta=1):
+def assembled(pieces, stop=(), finish="length", per_delta=1, min_tokens=0):
     """Push all pieces; returns the assembler and every text shown on the way."""
-    assembler = Assembler(prompt_tokens=(1,), stop=tuple(stop), stream=Letters(pieces))
+    stream = Letters(pieces)
+    assembler = Assembler(
+        prompt_tokens=(1,), stop=tuple(stop), stream=stream, min_tokens=min_tokens
+    )
     shown = []
     ids = list(range(len(pieces)))
     for begin in range(0, len(ids), per_delta):
@@ -53,6 +56,30 @@ def test_a_stop_string_across_tokens_cuts_text_and_tokens():
     assert assembler.cut
     assert done.tokens == (0, 1, 2) and len(done.logprobs) == len(done.top_logprobs) == 3
     assert shown == ["ab", "abc", "abc", "abc"]
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "ab", "ba~", "~"]), min_size=1, max_size=12),
+    st.integers(0, 12),
+    st.integers(1, 4),
+)
+def test_a_stop_string_ends_no_text_before_the_least_number_of_tokens(pieces, least, per_delta):
+    assembler, _ = assembled(pieces, ["ab"], per_delta=per_delta, min_tokens=least)
+    done = assembler.completion()
+    stream = Letters(pieces)
+    texts = [""]
+    for i in range(len(pieces)):
+        texts.append(texts[-1] + stream.push((i,)))
+    ends = (
+        n for n in range(least + 1, len(texts)) if "ab" in texts[n][max(len(texts[n - 1]) - 1, 0) :]
+    )
+    end = next(ends, None)
+    if end is None:
+        assert (done.finish, len(done.tokens)) == ("length", len(pieces))
+        return
+    assert (done.finish, done.stop_reason, len(done.tokens)) == ("stop", "ab", end)
+    at = texts[end].index("ab", max(len(texts[end - 1]) - 1, 0))
+    assert done.text == texts[end][:at] and assembler.cut
 
 
 def test_a_held_back_end_is_shown_when_it_was_innocent():

@@ -13,6 +13,7 @@ from aprium.engine.config import EngineConfig
 from aprium.engine.engine import Engine
 from aprium.engine.memory import page_bytes
 from aprium.model.layout import Layout
+from aprium.ops.sample import sample
 
 GREEDY = SamplingParams(
     temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=2, logprobs=2
@@ -201,6 +202,34 @@ def test_ends_of_text(toy):
         assert entry["finish"] == expected
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("least", [1, 6, 24])
+def test_no_stop_token_is_chosen_before_the_least_number(toy, native, temperature, least):
+    """The oracle takes stop tokens out of the logits of a plain forward over all tokens so far."""
+    stops = tuple(range(0, 272, 2))
+    params = SamplingParams(
+        temperature=temperature, seed=5, max_tokens=24, min_tokens=least, stop_token_ids=stops
+    )
+    expected = [4, 5, 6]
+    while len(expected) < 27:
+        with torch.no_grad():
+            hidden = toy.model(torch.tensor(expected), Layout.packed([len(expected)]))
+            logits = toy.model.logits(hidden[-1:]).clone()
+        if len(expected) - 3 < least:
+            logits[:, list(stops)] = -torch.inf
+        expected.append(sample(logits, [params], [5], [len(expected)])[0].token)
+        if len(expected) - 3 > least and expected[-1] in stops:
+            break
+    engine = make_engine(toy)
+    if not native:
+        engine.runner._pick = None
+    entry = run(engine, [Request(id="a", tokens=(4, 5, 6), params=params)])["a"]
+    assert entry["tokens"] == expected[3:]
+    assert entry["finish"] == ("length" if len(expected) == 27 and least == 24 else "stop")
+    assert not set(entry["tokens"][:least]) & set(stops)
+
+
 def test_max_tokens_none_fills_the_context(toy):
     engine = make_engine(toy, max_model_len=30, block_size=8)
     params = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
@@ -234,6 +263,7 @@ def test_seeds(toy):
         ((1,) * 41, {"max_tokens": 0}, "41 tokens"),
         ((1,) * 30, {"max_tokens": 11}, "max_tokens is 11"),
         ((1,), {"max_tokens": 1, "stop_token_ids": (999,)}, "999"),
+        ((1,) * 30, {"max_tokens": None, "min_tokens": 11}, "min_tokens is 11 .* leaves 10"),
     ],
 )
 def test_impossible_requests_are_refused_up_front(toy, tokens, params, match):

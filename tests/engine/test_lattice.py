@@ -1,9 +1,10 @@
 """Every pair of features at once gives the tokens and the bits of the plain path.
 
 The plain path reads a prompt whole, alone, with nothing kept, and decodes it token by token. Some
-features say what the answer is (a form, tools, a budget of reasoning): with these the plain path
-has them, too. All others must change nothing. `python -m tests.engine.test_lattice` writes the
-table of pairs into docs/serving.md, and a test checks that it is the one of this file.
+features say what the answer is (a form, tools, a budget of reasoning, a least length): with these
+the plain path has them, too. All others must change nothing. `python -m
+tests.engine.test_lattice` writes the table of pairs into docs/serving.md, and a test checks that it
+is the one of this file.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from aprium.text.tokenizer import Tokenizer
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 BEGIN, END = "<!-- pairs: begin -->", "<!-- pairs: end -->"
 LENGTH = 44  # tokens generated
+FLOOR = 30  # at least, where a least number is asked for
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer",
@@ -60,6 +62,7 @@ FEATURES = {
     "json": "guided (JSON schema)",
     "tools": "tools",
     "budget": "thinking budget",
+    "floor": "min_tokens",
     "n": "n = 3",
     "preempt": "preempt and resume",
     "fork": "fork",
@@ -123,12 +126,13 @@ def request_of(setup: Setup, features: frozenset[str], id: str = "it") -> Reques
         answer = form if "json" in features else None
         choice = "auto" if answer else "required"
         guide = Guide(kind="tools", value={"tools": [TOOL], "choice": choice, "answer": answer})
-    thinking = "budget" in features
+    thinking, floor = "budget" in features, "floor" in features
     params = SamplingParams(
         temperature=0,
         max_tokens=LENGTH,
+        min_tokens=FLOOR if floor else 0,
         logprobs=2,
-        ignore_eos=guide is None,
+        ignore_eos=guide is None and not floor,
         guide=guide,
         thinking_budget=6 if thinking else None,
         thinking_grace=5,
@@ -272,7 +276,7 @@ def plain(setup):
     known: dict[frozenset[str], Result] = {}
 
     def look_up(features: frozenset[str]) -> Result:
-        saying = features & {"json", "tools", "budget"}
+        saying = features & {"json", "tools", "budget", "floor"}
         if saying not in known:
             config = EngineConfig(
                 model="pico", max_model_len=512, max_num_seqs=1, enable_prefix_caching=False

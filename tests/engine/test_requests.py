@@ -1,13 +1,14 @@
 """What a request may ask for beside text: vectors, the best of many, a deadline, new weights."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from aprium import LLM, SamplingParams
 from aprium.base.errors import CheckpointError, RequestError
-from aprium.base.records import Request
+from aprium.base.records import Guide, Request
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
 from aprium.checkpoint.save import save_checkpoint
@@ -85,6 +86,54 @@ def test_the_best_of_many_are_given_best_first(llm):
         SamplingParams(n=3, best_of=2)
     with pytest.raises(RequestError, match="do not stream"):
         llm.stream(TOKENS, SamplingParams(n=1, best_of=2))
+
+
+def test_an_answer_has_at_least_so_many_tokens(llm):
+    """Neither its end token, nor a stop token, nor a stop string ends it before."""
+    question = [{"role": "user", "content": "Say: one two three one two three one two three"}]
+    quiet = {"enable_thinking": False}
+
+    def ask(**options):
+        params = SamplingParams(temperature=0, max_tokens=60, **options)
+        return llm.generate(question, params, chat_template_kwargs=quiet)[0]
+
+    free = ask()
+    assert free.finish == "stop" and len(free.tokens) < 40
+    longer = ask(min_tokens=50)
+    assert len(longer.tokens) >= 50
+    assert longer.tokens[: len(free.tokens) - 1] == free.tokens[:-1]
+    assert not set(longer.tokens[:50]) & {2, 11}
+    letter = free.text[0]
+    assert ask(stop=(letter,)).text == ""
+    first = ask(stop=(letter,), min_tokens=1)
+    at = free.text.find(letter, 1)
+    assert at > 0 and first.text == free.text[:at] and first.stop_reason == letter
+    for text in ("a choice", "b"):  # the form is complete: nothing may follow
+        said = ask(min_tokens=30, guide=Guide(kind="choice", value=[text]))
+        assert (said.text, said.finish) == (text, "stop")
+    lines = Guide(kind="regex", value="([a-z]+ ){1,50}")
+    said = ask(min_tokens=30, guide=lines)
+    assert len(said.tokens) >= 30 and re.fullmatch("([a-z]+ )+[a-z]*", said.text)
+    thought = SamplingParams(
+        temperature=0, max_tokens=40, min_tokens=20, thinking_budget=0, stop_token_ids=(13,)
+    )
+    assert llm.encode("</think>") == (13,)
+    (closed,) = llm.generate(question, thought)  # the tag is forced, and does not end it yet
+    assert closed.tokens[0] == 13 and len(closed.tokens) > 20
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9 and max_tokens is 8"),
+        ({"min_tokens": -1}, "at least 0"),
+        ({"min_tokens": 1.5}, "integer"),
+    ],
+)
+def test_a_least_length_that_cannot_be_is_refused(options, said):
+    with pytest.raises(RequestError, match=said) as caught:
+        SamplingParams(**options)
+    assert caught.value.param == "min_tokens"
 
 
 def test_a_deadline_gives_a_request_up(llm):

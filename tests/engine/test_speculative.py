@@ -89,6 +89,28 @@ def test_same_tokens_and_logprobs(pico, requests, plain, spec, options):
     assert stats.ring_bytes > 0
 
 
+def test_a_least_length_is_the_same_with_drafts(pico, requests):
+    """Its stop tokens are those that are said most, so that many of them are drafted."""
+    free = run(engine_of(pico, None), requests)
+    said = [t for entry in free.values() for t in entry["tokens"]]
+    stops = tuple(sorted(set(said), key=said.count)[-6:])
+    some = [
+        dataclasses.replace(
+            r, params=dataclasses.replace(r.params, min_tokens=8 + 3 * i, stop_token_ids=stops)
+        )
+        for i, r in enumerate(requests)
+    ]
+    expected = run(engine_of(pico, None), some)
+    for i, request in enumerate(some):
+        tokens = expected[request.id]["tokens"]
+        assert len(tokens) >= 8 + 3 * i and not set(tokens[: 8 + 3 * i]) & {*stops}
+    assert any(expected[r.id]["finish"] == "stop" for r in some)
+    for spec in SPECS:
+        engine = engine_of(pico, spec)
+        assert run(engine, some) == expected
+        assert sum(engine.stats().drafts_compared) > 0
+
+
 def test_drafts_of_the_head_are_mostly_right_and_save_steps(pico, requests, plain):
     counts = []
     for spec in (None, SPECS[1]):

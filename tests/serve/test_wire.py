@@ -44,11 +44,12 @@ def test_messages() -> None:
 def test_sampling() -> None:
     request = chat(
         temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-4, stop="a", stop_token_ids=[5],
-        max_tokens=9, max_completion_tokens=7, n=2, logprobs=True, top_logprobs=3, ignore_eos=True,
+        min_tokens=3, max_tokens=9, max_completion_tokens=7, n=2, logprobs=True, top_logprobs=3,
+        ignore_eos=True,
     )  # fmt: skip
     assert request.sampling({"temperature": 0.1, "top_k": 4}) == SamplingParams(
         temperature=0.5, top_p=0.9, top_k=0, min_p=0.1, seed=-4, stop=("a",), stop_token_ids=(5,),
-        max_tokens=7, n=2, logprobs=3, ignore_eos=True,
+        min_tokens=3, max_tokens=7, n=2, logprobs=3, ignore_eos=True,
     )  # fmt: skip
     assert chat().sampling({"top_k": 4}) == SamplingParams(max_tokens=None, top_k=4)
     assert chat(logprobs=True).sampling({}).logprobs == 0
