@@ -290,17 +290,11 @@ class ChatReply(_Base):
 
     def _logprobs(self, completion: Completion, start: int) -> dict[str, Any]:
         content = []
-        for token, logprob, top in _rows(completion, start):
-            alternatives = list(top.items())[: self._chat.top_logprobs or 0]
-            entry = self._token(token, logprob)
-            entry["top_logprobs"] = [self._token(t, value) for t, value in alternatives]
-            content.append(entry)
+        for token, logprob, top in token_rows(completion, start):
+            content.append(
+                token_logprob(self._tokenizer, token, logprob, top, self._chat.top_logprobs or 0)
+            )
         return {"content": content, "refusal": None}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(token)
-        text = raw.decode("utf-8", "replace")
-        return {"token": text, "logprob": max(logprob, _LOWEST), "bytes": list(raw)}
 
 
 class Answer:
@@ -441,7 +435,7 @@ class TextReply(_Base):
         return choice
 
     def _logprobs(self, completion: Completion, start: int, *, echo: bool) -> dict[str, Any]:
-        rows: list[tuple[int, float | None, TopLogprobs | None]] = [*_rows(completion, start)]
+        rows: list[tuple[int, float | None, TopLogprobs | None]] = [*token_rows(completion, start)]
         if echo:
             ids = completion.prompt_tokens
             scores = completion.prompt_logprobs or (None,) * len(ids)
@@ -514,7 +508,22 @@ def timings(
     }
 
 
-def _rows(completion: Completion, start: int) -> Iterator[tuple[int, float, TopLogprobs]]:
+def token_logprob(
+    tokenizer: Tokenizer, token: int, logprob: float, top: TopLogprobs, count: int
+) -> dict[str, Any]:
+    """Return a token with its log-probability and `count` alternatives, as OpenAI has them."""
+    entry = _token(tokenizer, token, logprob)
+    entry["top_logprobs"] = [_token(tokenizer, t, value) for t, value in [*top.items()][:count]]
+    return entry
+
+
+def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    raw = tokenizer.token_bytes(token)
+    text = raw.decode("utf-8", "replace")
+    return {"token": text, "logprob": max(logprob, _LOWEST), "bytes": list(raw)}
+
+
+def token_rows(completion: Completion, start: int) -> Iterator[tuple[int, float, TopLogprobs]]:
     """Return token, log-probability and alternatives of each generated position from `start`."""
     tokens = completion.tokens[start:]
     tops = completion.top_logprobs[start:] or ({},) * len(tokens)

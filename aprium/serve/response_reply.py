@@ -10,7 +10,7 @@ from typing import Any
 
 from aprium.base.records import Completion
 from aprium.serve.events import event
-from aprium.serve.reply import Answer
+from aprium.serve.reply import Answer, token_logprob, token_rows
 from aprium.serve.responses_wire import CreateResponse
 from aprium.serve.wire import ChatRequest
 from aprium.text.parse import Event
@@ -45,6 +45,8 @@ class ResponseReply:
         self._num_prompt = len(prompt)
         self._number = 0
         self._kind: str | None = None  # of the item that is open
+        count = chat.top_logprobs or 0
+        self._scores = _Scores(tokenizer, count) if request.logprobs else None
         self.response = _blank(id, request, chat, model, stored)
 
     def event(self, chunk: Chunk) -> bytes:
@@ -70,7 +72,7 @@ class ResponseReply:
         """Return the events of what `completion` has grown by."""
         chunks: list[Chunk] = []
         for part in self._answer.read(completion):
-            chunks += self._part(part)
+            chunks += self._part(part, completion)
         if completion.finish is None:
             return chunks
         response = self.response
@@ -91,7 +93,7 @@ class ResponseReply:
         self.chunks(completions[0])
         return self.response
 
-    def _part(self, part: Event) -> list[Chunk]:
+    def _part(self, part: Event, completion: Completion) -> list[Chunk]:
         """Add a part to the item that is open, or to a new one."""
         output = self.response["output"]
         if part.kind == "call":
@@ -118,9 +120,16 @@ class ResponseReply:
                 self._at("response.content_part.added", content_index=0, part=_text(part.kind))
             )
             output[-1]["content"] = [_text(part.kind)]
-        output[-1]["content"][0]["text"] += text
+        shown = output[-1]["content"][0]
+        shown["text"] += text
+        more = {}
+        if part.kind == "content":
+            more["logprobs"] = scores = []
+            if self._scores is not None and part.at is not None:
+                end = part.at + len(part.text)
+                scores += self._scores.take(completion, end - len(text), end)
+            shown["logprobs"] += scores
         name = f"response.{_PARTS[part.kind]}.delta"
-        more = {"logprobs": []} if part.kind == "content" else {}
         return [*chunks, self._at(name, content_index=0, delta=text, **more)]
 
     def _open(self, kind: str, item: dict[str, Any]) -> list[Chunk]:
@@ -143,7 +152,7 @@ class ResponseReply:
             chunks = [self._at(name, arguments=item["arguments"], name=item["name"])]
         else:
             (part,) = item["content"]
-            more = {"logprobs": []} if kind == "content" else {}
+            more = {"logprobs": part["logprobs"]} if kind == "content" else {}
             done = f"response.{_PARTS[kind]}.done"
             chunks = [
                 self._at(done, content_index=0, text=part["text"], **more),
@@ -175,6 +184,35 @@ class ResponseReply:
             "output_tokens_details": {"reasoning_tokens": self._answer.num_reasoning(completion)},
             "total_tokens": self._num_prompt + count,
         }
+
+
+class _Scores:
+    """The log-probabilities of an answer's tokens, which are given out with the text they are of.
+
+    A token belongs to the first stretch of text that has any of its characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, count: int) -> None:
+        self._tokenizer, self._count = tokenizer, count
+        self._stream = tokenizer.stream()
+        self._next = 0  # token to be looked at
+        self._ends = [0]  # characters of the text after so many tokens
+
+    def take(self, completion: Completion, begin: int, end: int) -> list[dict[str, Any]]:
+        """Return those of characters `begin` to `end` of the text that were not given yet."""
+        for token in completion.tokens[len(self._ends) - 1 :]:
+            self._ends.append(self._ends[-1] + len(self._stream.push((token,))))
+        found = []
+        for token, logprob, top in token_rows(completion, self._next):
+            first, last = self._ends[self._next : self._next + 2]
+            if first >= end:
+                break
+            self._next += 1
+            # The first bytes of a character, of which the text has nothing yet, belong to it.
+            said = token not in self._tokenizer.special_ids
+            if said and max(last, first + 1) > begin:
+                found.append(token_logprob(self._tokenizer, token, logprob, top, self._count))
+        return found
 
 
 def _item(kind: str) -> dict[str, Any]:
@@ -226,6 +264,7 @@ def _blank(
         "text": {"format": form or {"type": "text"}},
         "tool_choice": request.tool_choice or "auto",
         "tools": request.tools or [],
+        "top_logprobs": request.top_logprobs or 0,
         "top_p": chat.top_p,
         "truncation": "disabled",
         "usage": None,

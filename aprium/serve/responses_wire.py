@@ -24,12 +24,12 @@ _PASSED = (
         "thinking_token_budget",
     ),
 )
+LOGPROBS = "message.output_text.logprobs"  # what `include` may ask for
 _NONE = (None, [], {}, "")
 _REFUSED: dict[str, tuple[Sequence[Any], str]] = {
     "conversation": (_NONE, "use previous_response_id, or /v1/sessions"),
     "prompt": (_NONE, "templates of prompts are kept elsewhere: send instructions and input"),
     "truncation": ((None, "disabled"), "nothing is dropped of a conversation: shorten the input"),
-    "top_logprobs": ((None, 0), "use /v1/chat/completions with logprobs"),
     "moderation": (_NONE, "there is no moderation here, leave it out"),
     "context_management": (_NONE, "nothing is dropped of a conversation: shorten the input"),
 }
@@ -81,6 +81,7 @@ class CreateResponse(UnsupportedFields):
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     include: list[StrictStr] | None = None
+    top_logprobs: StrictInt | None = None
     metadata: dict[str, Any] | None = None
 
     def to_chat(self) -> ChatRequest:
@@ -96,6 +97,8 @@ class CreateResponse(UnsupportedFields):
             "max_tokens": self.max_output_tokens,
             "tools": tools or None,
             "tool_choice": choice,
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs if self.logprobs else None,
         }
         if self.reasoning is not None:
             fields["reasoning_effort"] = self.reasoning.effort
@@ -103,6 +106,11 @@ class CreateResponse(UnsupportedFields):
         if form is not None:
             fields["response_format"] = _response_format(form)
         return ChatRequest.model_validate(fields)
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether the tokens of the text are to come with their log-probabilities."""
+        return LOGPROBS in (self.include or ())
 
     def items(self) -> list[dict[str, Any]]:
         """Return the input as a list of items."""
@@ -113,9 +121,10 @@ class CreateResponse(UnsupportedFields):
     def refuse_unsupported(self) -> None:
         """Raise RequestError for what would change the answer and is not supported."""
         super().refuse_unsupported()
-        if any("logprobs" in name for name in self.include or ()):
+        if self.top_logprobs and not self.logprobs:
             raise RequestError(
-                "include asks for logprobs: use /v1/chat/completions", param="include"
+                f"top_logprobs is {self.top_logprobs}: add {LOGPROBS!r} to include",
+                param="top_logprobs",
             )
         if self.background and self.stream:
             raise RequestError(

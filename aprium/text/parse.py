@@ -15,7 +15,7 @@ Values are converted by the declared JSON-schema type (`text/values`).
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from aprium.base.records import ToolCall
@@ -47,12 +47,14 @@ class Event:
     """A piece of the parsed stream.
 
     `text` is a piece of reasoning or content, the name of a function ("call"), or a piece of the
-    JSON text of its arguments; `index` numbers the calls.
+    JSON text of its arguments; `index` numbers the calls. Reasoning and content say `at` which
+    character of the whole text they begin, but for content that repeats the reasoning.
     """
 
     kind: Literal["reasoning", "content", "call", "arguments"]
     text: str
     index: int = 0
+    at: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,7 @@ class StreamParser:
         self._thinking = thinking
         self._force_content = force_content
         self._buffer = ""
+        self._length = 0  # of all that was pushed, of which the buffer is the end
         self._events: list[Event] = []
         self._state = self._start
         self._in_reasoning = False
@@ -152,6 +155,7 @@ class StreamParser:
     def push(self, text: str) -> list[Event]:
         """Take the next piece of text and return what it settles."""
         self._buffer += text
+        self._length += len(text)
         while self._state(False):
             pass
         return self._drain()
@@ -169,16 +173,8 @@ class StreamParser:
         joined: list[Event] = []
         for event in self._events:
             last = joined[-1] if joined else None
-            if (
-                last
-                and event.kind != "call"
-                and (last.kind, last.index)
-                == (
-                    event.kind,
-                    event.index,
-                )
-            ):
-                joined[-1] = Event(kind=last.kind, text=last.text + event.text, index=last.index)
+            if last is not None and _goes_on(last, event):
+                joined[-1] = replace(last, text=last.text + event.text)
             else:
                 joined.append(event)
         self._events = []
@@ -222,7 +218,7 @@ class StreamParser:
 
         Unless `whole`, white space at its end stays in the buffer while a call may follow.
         """
-        keep = len(text)
+        keep, at = len(text), self._length - len(self._buffer)
         if self._schemas and not whole:
             keep -= _trailing_space(text)
         given = text[:keep]
@@ -234,9 +230,9 @@ class StreamParser:
         if self._in_reasoning:
             if self._force_content:
                 self._reasoning.append(given)
-            self._events.append(Event(kind="reasoning", text=given))
+            self._events.append(Event(kind="reasoning", text=given, at=at))
             return
-        self._events.append(Event(kind="content", text=given))
+        self._events.append(Event(kind="content", text=given, at=at))
         self._after_call = False
         self._answered = self._answered or bool(given.strip())
 
@@ -372,6 +368,13 @@ def _in_json_text(value: str, schema: Any) -> bool:
     if not value.lstrip().startswith(("{", "[")) or not types_of(schema) & {"object", "array"}:
         return False
     return re.sub(r"\\.", "", value, flags=re.DOTALL).count('"') % 2 == 1
+
+
+def _goes_on(last: Event, event: Event) -> bool:
+    """Whether `event` is the same thing gone on with, without anything left out between."""
+    if event.kind == "call" or (last.kind, last.index) != (event.kind, event.index):
+        return False
+    return last.at is None or last.at + len(last.text) == event.at
 
 
 def _partial(text: str, tags: Sequence[str]) -> int:

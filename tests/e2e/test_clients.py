@@ -116,6 +116,25 @@ class TestOpenAI:
         assert final.output_text == text == gpt.responses.create(**ask).output_text
         assert final.output[0].type == "reasoning"
 
+    def test_response_has_logprobs(self, gpt: openai.OpenAI) -> None:
+        ask: Any = {
+            "model": "pico", "temperature": 0, "input": "What is 3 + 4?", "top_logprobs": 3,
+            "include": ["message.output_text.logprobs"],
+        }  # fmt: skip
+        with gpt.responses.stream(**ask) as stream:
+            deltas = [e for e in stream if e.type == "response.output_text.delta"]
+            final = stream.get_final_response()
+        streamed = [(s.token, s.logprob) for delta in deltas for s in delta.logprobs]
+        for response in (final, gpt.responses.create(**ask)):
+            message = response.output[-1]
+            assert message.type == "message" and message.content[0].type == "output_text"
+            scores = message.content[0].logprobs
+            assert scores is not None
+            assert [(score.token, score.logprob) for score in scores] == streamed
+            assert "".join(score.token for score in scores).strip() == response.output_text.strip()
+            assert all(score.top_logprobs[0].logprob == score.logprob for score in scores)
+            assert {len(score.top_logprobs) for score in scores} == {3}
+
     def test_response_calls_tools(self, gpt: openai.OpenAI) -> None:
         tools: Any = [{"type": "function", "name": "get_weather", "parameters": WEATHER}]
         ask: Any = {"model": "pico", "temperature": 0, "tools": tools}

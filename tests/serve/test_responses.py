@@ -3,12 +3,18 @@
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from aprium.base.records import Completion
+from aprium.serve.response_reply import ResponseReply
 from aprium.serve.responses_wire import CreateResponse
+from aprium.text.tokenizer import Tokenizer
 from tests.serve.test_app import failure
 
 Serve = Callable[..., TestClient]
@@ -19,6 +25,9 @@ TOOL = {
     "name": "get_weather",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
+
+
+LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 
 
 def create(client: TestClient, input: Any, **options: Any) -> dict[str, Any]:
@@ -56,11 +65,15 @@ def merge(chunks: list[dict[str, Any]]) -> dict[str, Any]:
         if kind == "content_part.added":
             item["content"] = [*item["content"], chunk["part"]]
         elif kind in ("output_text.delta", "reasoning_text.delta"):
-            item["content"][chunk["content_index"]]["text"] += chunk["delta"]
+            part = item["content"][chunk["content_index"]]
+            part["text"] += chunk["delta"]
+            if kind == "output_text.delta":
+                part["logprobs"] = [*part["logprobs"], *chunk["logprobs"]]
         elif kind == "function_call_arguments.delta":
             item["arguments"] += chunk["delta"]
         elif kind in ("output_text.done", "reasoning_text.done"):
             assert chunk["text"] == item["content"][0]["text"]
+            assert chunk.get("logprobs") == item["content"][0].get("logprobs")
         elif kind == "function_call_arguments.done":
             assert chunk["arguments"] == item["arguments"]
         elif kind == "output_item.done":
@@ -90,6 +103,8 @@ def said(response: dict[str, Any]) -> Any:
         ("What is 3 + 4?", {"reasoning": {"effort": "high"}, "max_output_tokens": 200}),
         ("What is the weather in Paris?", {"tools": [TOOL], "tool_choice": "required"}),
         ("Who are you?", {"max_output_tokens": 3}),
+        ("Who are you?", LOGPROBS),
+        ("What is 3 + 4?", LOGPROBS | {"reasoning": {"effort": "high"}, "max_output_tokens": 200}),
     ],
 )
 def test_streams_equal_wholes(serve: Serve, input: str, options: dict[str, Any]) -> None:
@@ -105,6 +120,80 @@ def test_streams_equal_wholes(serve: Serve, input: str, options: dict[str, Any])
         (call,) = whole["output"]
         assert (call["type"], call["name"]) == ("function_call", "get_weather")
         json.loads(call["arguments"])
+
+
+@pytest.mark.parametrize("effort", ["none", "high"])
+def test_the_tokens_of_the_text_come_with_their_logprobs(serve: Serve, effort: str) -> None:
+    """They are those of a chat, without the tokens of reasoning, its tag, and the end."""
+    client = serve()
+    ask = {"reasoning": {"effort": effort}, "max_output_tokens": 300}
+    response = create(client, "What is 3 + 4?", **LOGPROBS, **ask)
+    (message,) = (item for item in response["output"] if item["type"] == "message")
+    (part,) = message["content"]
+    scores = part["logprobs"]
+    said = b"".join(bytes(entry["bytes"]) for entry in scores).decode()
+    assert said.strip() == part["text"].strip() and part["text"]
+    chat = client.post(
+        "/v1/chat/completions",
+        json={
+            "messages": [{"role": "user", "content": "What is 3 + 4?"}],
+            "temperature": 0, "logprobs": True, "top_logprobs": 2, "max_tokens": 300,
+            "reasoning_effort": effort,
+        },
+    ).json()  # fmt: skip
+    every = chat["choices"][0]["logprobs"]["content"]
+    assert scores == every[len(every) - 1 - len(scores) : -1]
+    assert all(len(entry["top_logprobs"]) == 2 for entry in scores)
+    assert response["top_logprobs"] == 2
+    kept = client.get(f"{PATH}/{response['id']}").json()
+    assert kept == response
+    other = create(client, "And 2 + 2?", previous_response_id=response["id"], include=[])
+    (message,) = (item for item in other["output"] if item["type"] == "message")
+    assert message["content"][0]["logprobs"] == []
+
+
+@given(
+    st.lists(st.sampled_from([*range(16, 40), 13, 205, 178]), min_size=1, max_size=30),
+    st.booleans(),
+    st.data(),
+)
+@settings(deadline=None, max_examples=60)
+def test_every_token_of_the_text_is_given_once(
+    directory: Path, tokens: list[int], thinking: bool, data: st.DataObject
+) -> None:
+    """However an answer is cut, and where a character has several tokens."""
+    tokenizer = Tokenizer.load(directory)
+    body = CreateResponse.model_validate({"input": "x", **LOGPROBS})
+
+    def reply() -> ResponseReply:
+        return ResponseReply(
+            *("r", body, body.to_chat(), tokenizer, [1]),
+            model="m", thinking=thinking, tools=[], stored=False,
+        )  # fmt: skip
+
+    def grown(size: int, done: bool) -> Completion:
+        stream = tokenizer.stream()
+        text = stream.push(tokens[:size]) + (stream.flush() if done else "")
+        some = tuple(tokens[:size])
+        scores = tuple(-float(i) for i in range(size))
+        return Completion(
+            text=text, tokens=some, logprobs=scores, finish="length" if done else None
+        )
+
+    whole = reply().whole([grown(len(tokens), True)])
+    streamed = reply()
+    cuts = data.draw(st.sets(st.integers(1, len(tokens))))
+    chunks = [c for size in sorted(cuts) for c in streamed.chunks(grown(size, False))]
+    chunks += streamed.chunks(grown(len(tokens), True))
+    assert said(streamed.response) == said(whole)
+    deltas = [c for c in chunks if c["type"] == "response.output_text.delta"]
+    given = [entry["logprob"] for c in deltas for entry in c["logprobs"]]
+    assert given == sorted(set(given), reverse=True)
+    messages = [item for item in whole["output"] if item["type"] == "message"]
+    for message in messages:
+        (part,) = message["content"]
+        raw = b"".join(bytes(e["bytes"]) for e in part["logprobs"]).decode("utf-8", "replace")
+        assert part["text"] in raw
 
 
 def test_a_response_is_gone_on_from_its_state(serve: Serve) -> None:
@@ -238,7 +327,8 @@ def test_items_become_messages() -> None:
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"conversation": "c"}, "conversation"),
         ({"truncation": "auto"}, "truncation"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 101}, "logprobs"),
         ({"background": True, "stream": True}, "stream"),
         ({"background": True, "store": False}, "store"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),

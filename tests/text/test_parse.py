@@ -293,6 +293,12 @@ def test_stream_equals_whole(
     parsed = gather(events)
     assert parsed == parse(text, thinking=thinking, tools=tools, force_content=force)
     assert all(event.text for event in events)
+    placed = [(event.at, event.text) for event in events if event.at is not None]
+    assert all(text[at : at + len(piece)] == piece for at, piece in placed)
+    ends = [0, *(at + len(piece) for at, piece in placed)]
+    assert all(end <= at for end, (at, _) in zip(ends, placed, strict=False))
+    if not force:
+        assert len(placed) == sum(e.kind in ("reasoning", "content") for e in events)
     for item in parsed.tool_calls:
         assert isinstance(json.loads(item.arguments), dict)
     if not with_tools and not force:  # nothing but the reasoning tags may be lost
