@@ -96,7 +96,8 @@ class Owner:
         cause = EngineError("the engine was closed")
         try:
             while self._take_orders():
-                self._deliver(self.engine.step())
+                if self.engine.has_work:  # not while it is paused
+                    self._deliver(self.engine.step())
             self.engine.close()
         except Exception as error:
             get_logger("engine").exception("the engine has failed")

@@ -336,6 +336,22 @@ def test_cancelling_the_reader_aborts(engine):
     wait_until(lambda: engine.stats().num_aborted == 1 and not engine.stats().num_running)
 
 
+def test_a_paused_engine_computes_no_step_whatever_it_is_told(engine):
+    async def work():
+        await engine.pause()
+        readers = [asyncio.create_task(collect(engine, (i, 2, 3), GREEDY)) for i in (4, 5)]
+        await asyncio.sleep(0.05)
+        await engine.call(lambda _: None)
+        waiting = engine.stats()
+        await engine.pause(False)
+        await asyncio.gather(*readers)
+        return waiting
+
+    waiting = asyncio.run(work())
+    assert (waiting.num_steps, waiting.num_running, waiting.num_waiting) == (0, 0, 2)
+    assert engine.stats().num_finished == 2
+
+
 def test_a_slow_reader_misses_no_token(engine, llm):
     async def main():
         seen = []
