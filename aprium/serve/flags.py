@@ -91,6 +91,12 @@ FLAGS: tuple[Flag, ...] = (
         default=256,
         help="Responses of /v1/responses that are kept; the oldest goes first.",
     ),
+    Flag(
+        name="sse-keep-alive",
+        kind="float",
+        default=10.0,
+        help="Seconds without an event after which a stream gets a comment; 0: never.",
+    ),
     Flag(name="ssl-keyfile", help="Private key for HTTPS."),
     Flag(name="ssl-certfile", help="Certificate for HTTPS."),
     Flag(

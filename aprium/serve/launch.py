@@ -5,6 +5,7 @@ minutes: flags, files, the address.
 """
 
 import json
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,7 @@ def make_engine(model: str, flags: Mapping[str, Any]) -> tuple[AsyncEngine, Serv
         stable_prompts=flags["stable-prompts"],
         log_requests=flags["enable-log-requests"] and not flags["disable-log-requests"],
         max_stored_responses=flags["max-stored-responses"],
+        keep_alive_s=flags["sse-keep-alive"],
         **guards,
     )
 
@@ -197,11 +199,15 @@ def guard_options(flags: Mapping[str, Any]) -> dict[str, Any]:
         "queued_tokens": "max-num-queued-tokens",
         "requests_per_key": "max-requests-per-key",
     }
-    for name, least in ("max-num-queued-reqs", 0), ("max-requests-per-key", 1), (
-        "max-stored-responses", 0
-    ):  # fmt: skip
-        if flags[name] is not None and flags[name] < least:
-            raise ConfigError(f"--{name} is {flags[name]}: it must be at least {least}")
+    least_values = {
+        "max-num-queued-reqs": 0,
+        "max-requests-per-key": 1,
+        "max-stored-responses": 0,
+        "sse-keep-alive": 0,
+    }
+    for name, least in least_values.items():
+        if flags[name] is not None and not least <= flags[name] < math.inf:
+            raise ConfigError(f"--{name} is {flags[name]}: it must be at least {least} and finite")
     if flags["max-requests-per-key"] is not None and not keys:
         raise ConfigError(
             f"--max-requests-per-key {flags['max-requests-per-key']}: there are no keys, give "

@@ -44,7 +44,8 @@ class ServeConfig:
     `web` adds the web page.
     `stable_prompts` takes out of prompts what changes from request to request and says nothing.
     `allowed_hosts`, if any, are the names of the server that requests may use; `allowed_origins`
-    are the web pages, elsewhere, whose scripts may use it.
+    are the web pages, elsewhere, whose scripts may use it. A stream that has nothing to say for
+    `keep_alive_s` seconds sends a comment; 0: never.
     """
 
     names: tuple[str, ...]
@@ -63,6 +64,7 @@ class ServeConfig:
     max_body_bytes: int = 64 << 20
     max_json_depth: int = 64
     max_stored_responses: int = 256
+    keep_alive_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +212,8 @@ class Service:
         """Send `completions`, whole or as a stream, which then holds the ticket."""
         if stream:
             ticket.handed = True
-            return EventStream(_events(reply, completions), ticket.release)
+            events = _events(reply, completions)
+            return EventStream(events, ticket.release, self.config.keep_alive_s)
         try:
             finished = await until_gone(collect(completions), request.receive)
         except ClientDisconnect:

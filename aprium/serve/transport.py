@@ -8,6 +8,7 @@ waits.
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from aprium.serve.events import anthropic_error_body, dump, error_body
 from aprium.serve.wire import describe_invalid
 
 ANTHROPIC_PATH = "/v1/messages"
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which readers of events pass over
 T = TypeVar("T")
 
 
@@ -133,13 +135,21 @@ async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
 class EventStream(StreamingResponse):
     """A stream of events that ends, and stops its source, when the client goes away.
 
-    `on_end` is called at the end in any case, even where nothing could be sent.
+    After `keep_alive_s` seconds without an event (0: never) a comment is sent, lest anybody on the
+    way take the connection for dead. `on_end` is called at the end in any case, even where nothing
+    could be sent.
     """
 
-    def __init__(self, content: AsyncGenerator[bytes, None], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        content: AsyncGenerator[bytes, None],
+        on_end: Callable[[], None],
+        keep_alive_s: float = 0.0,
+    ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(content, headers=headers, media_type="text/event-stream")
         self._source, self._on_end = content, on_end
+        self._keep_alive_s, self._sent_s = keep_alive_s, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -149,3 +159,29 @@ class EventStream(StreamingResponse):
                     await until_gone(self.stream_response(send), receive)
         finally:
             self._on_end()
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the head, the events with comments where they are long in coming, and the end."""
+        head = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **head})
+        self._sent_s = time.monotonic()
+        comments = asyncio.create_task(self._keep_alive(send)) if self._keep_alive_s else None
+        try:
+            async for chunk in self._source:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._sent_s = time.monotonic()
+        finally:
+            if comments is not None:  # before the end, after which nothing may be sent
+                comments.cancel()
+                await asyncio.gather(comments, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment whenever nothing was sent for a while; for ever."""
+        while True:
+            left = self._sent_s + self._keep_alive_s - time.monotonic()
+            if left > 0:
+                await asyncio.sleep(left)
+                continue
+            await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            self._sent_s = time.monotonic()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import openai
 import pytest
 
 from tests.e2e.conftest import serving, started
@@ -183,6 +184,39 @@ def test_slow_readers_hold_up_nobody(checkpoint: Path, tmp_path: Path) -> None:
             time.sleep(0.1)
         load = json.loads(get(address, "/load")[1])
         assert (load["server_load"], load["engine"]["num_running"]) == (0, 0)
+
+
+def test_a_stream_that_waits_is_kept_alive(tmp_path: Path) -> None:
+    """What waits in the queue, here since the engine is paused, says so; clients do not mind."""
+    flags = ("--sse-keep-alive", "0.2", "--control-key", "k")
+    with serving(Path("pico"), tmp_path / "log", *flags) as address:
+
+        def control(path: str) -> None:
+            headers = {"Authorization": "Bearer k", "content-type": "application/json"}
+            request = urllib.request.Request(address + path, b"", headers)
+            with urllib.request.urlopen(request, timeout=10) as response:
+                assert response.status == 200
+
+        control("/pause")
+        raw = Asking(address, prompt="a plum", max_tokens=5, stream=True)
+        found: list[str] = []
+
+        def ask() -> None:
+            with openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client:
+                chunks = client.completions.create(
+                    model="pico", prompt="a plum", max_tokens=5, stream=True, temperature=0
+                )
+                found.append("".join(chunk.choices[0].text for chunk in chunks))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        time.sleep(1.0)
+        control("/resume")
+        status, text = raw.done()
+        assert status == 200 and text.startswith(": keep-alive\n\n: keep-alive\n\n")
+        assert text.endswith("data: [DONE]\n\n")
+        asking.join(30)
+        assert len(found) == 1 and found[0]
 
 
 def test_refusals_under_load(tmp_path: Path) -> None:

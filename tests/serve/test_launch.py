@@ -66,6 +66,8 @@ def test_a_taken_port_is_found_first(tmp_path: Path) -> None:
         (["/no/such/dir", "--port", "0"], 1, "aprium: error: no checkpoint '/no/such/dir'"),
         (["toy", "--port", "0", "--load_format", "dummy"], 1, "toy has no tokenizer"),
         (["m", "--port", "123456"], 1, "choose another --host or --port"),
+        (["pico", "--port", "0", "--sse-keep-alive", "-1"], 1, "--sse-keep-alive is -1.0"),
+        (["pico", "--port", "0", "--sse-keep-alive", "inf"], 1, "and finite"),
     ],
 )
 def test_exit_status(
