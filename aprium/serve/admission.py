@@ -15,6 +15,7 @@ from aprium.base.errors import OverloadError
 
 if TYPE_CHECKING:
     from aprium.engine.client import AsyncEngine
+    from aprium.serve.tracing import RequestSpan
 
 _WEIGHT = 0.1  # of the latest request, in averages
 _LONGEST_S = 3600.0
@@ -37,7 +38,8 @@ class Limits:
 class Ticket:
     """The place of one request, from when it is let in to `release`.
 
-    In a `with` statement it is released at the end, unless it was `handed` on.
+    In a `with` statement it is released at the end, unless it was `handed` on. `span`, if there are
+    traces, ends with it.
     """
 
     admission: "Admission"
@@ -48,6 +50,7 @@ class Ticket:
     started: bool = False
     handed: bool = False
     released: bool = False
+    span: "RequestSpan | None" = None
 
     def start(self) -> None:
         """Note that it waits no longer."""
@@ -66,6 +69,8 @@ class Ticket:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and self.span is not None:
+            self.span.failed(error)
         if error is not None or not self.handed:
             self.release()
 
@@ -130,6 +135,8 @@ class Admission:
         if ticket.released:
             return
         ticket.released = True
+        if ticket.span is not None:
+            ticket.span.end()
         self._tickets.discard(ticket)
         self._sequences -= ticket.sequences
         self._by_share[ticket.share] -= 1

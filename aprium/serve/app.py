@@ -26,6 +26,7 @@ from aprium.serve.pages import include_pages
 from aprium.serve.responses import ResponseRoutes
 from aprium.serve.service import ServeConfig, Service
 from aprium.serve.sessions import SessionRoutes
+from aprium.serve.tracing import Tracer, open_tracer
 from aprium.serve.transport import Json, on_error, on_http, on_invalid
 
 if TYPE_CHECKING:
@@ -34,16 +35,17 @@ if TYPE_CHECKING:
 Route = tuple[str, str, Callable[..., Any]]
 
 
-def create_app(engine: "AsyncEngine", config: ServeConfig) -> FastAPI:
+def create_app(engine: "AsyncEngine", config: ServeConfig, tracer: Tracer | None = None) -> FastAPI:
     """Return the application; it closes `engine` when it shuts down.
 
+    Traces go to `tracer`, or to one for the endpoint that `config` has.
     `app.state.service` is what its routes share.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await engine.close()
+        await service.close()
 
     app = FastAPI(
         title="Aprium",
@@ -66,7 +68,9 @@ def create_app(engine: "AsyncEngine", config: ServeConfig) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(ApriumError, on_error)
     app.add_exception_handler(Exception, on_error)
-    app.state.service = service = Service(engine, config)
+    if tracer is None and config.otlp_endpoint is not None:
+        tracer = open_tracer(config.otlp_endpoint)
+    app.state.service = service = Service(engine, config, tracer)
     for method, path, handler in _routes(service):
         app.add_api_route(path, handler, methods=[method], response_model=None)
     if config.web:

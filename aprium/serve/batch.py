@@ -106,11 +106,11 @@ def run(model: str, flags: Mapping[str, Any], source: Path, target: Path) -> Rep
     config = dataclasses.replace(config, api_keys=(), allowed_hosts=(), log_requests=False)
 
     async def work() -> Report:
+        app = create_app(engine, config)
         try:
-            concurrency = 2 * engine.config.max_num_seqs
-            return await run_batch(create_app(engine, config), source, target, concurrency)
+            return await run_batch(app, source, target, 2 * engine.config.max_num_seqs)
         finally:
-            await engine.close()
+            await app.state.service.close()
 
     return asyncio.run(work())
 

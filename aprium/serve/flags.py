@@ -97,6 +97,11 @@ FLAGS: tuple[Flag, ...] = (
         default=10.0,
         help="Seconds without an event after which a stream gets a comment; 0: never.",
     ),
+    Flag(
+        name="otlp-endpoint",
+        help="Send traces to this OpenTelemetry collector (OTLP over HTTP), such as "
+        "http://localhost:4318; needs the extra otel.",
+    ),
     Flag(name="ssl-keyfile", help="Private key for HTTPS."),
     Flag(name="ssl-certfile", help="Certificate for HTTPS."),
     Flag(
@@ -318,6 +323,7 @@ REFUSED: dict[str, str] = {
     "tokenizer-mode": "the checkpoint's tokenizer.json is used, leave the flag out",
     "revision": "download that revision and give its directory as the model",
     "hf-overrides": "edit a copy of the checkpoint's config.json instead",
+    "otlp-traces-endpoint": "give --otlp-endpoint, with the address of an OTLP collector over HTTP",
     "config": "write the flags on the command line",
     "middleware": "put a proxy in front of the server instead",
 }

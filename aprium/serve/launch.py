@@ -29,6 +29,7 @@ from aprium.serve.app import create_app
 from aprium.serve.keys import read_keys
 from aprium.serve.server import Server
 from aprium.serve.service import ServeConfig
+from aprium.serve.tracing import open_tracer
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import read_json
 
@@ -90,6 +91,9 @@ def make_engine(model: str, flags: Mapping[str, Any]) -> tuple[AsyncEngine, Serv
     sampling = sampling_defaults(directory, flags)
     thinking = thinking_defaults(flags)
     guards = guard_options(flags)
+    endpoint = flags["otlp-endpoint"]
+    if endpoint is not None:
+        open_tracer(endpoint).close()  # what can be wrong with it is found now
     engine = AsyncEngine(config, load(config))
     if engine.tokenizer is None:
         raise CheckpointError(
@@ -108,6 +112,7 @@ def make_engine(model: str, flags: Mapping[str, Any]) -> tuple[AsyncEngine, Serv
         log_requests=flags["enable-log-requests"] and not flags["disable-log-requests"],
         max_stored_responses=flags["max-stored-responses"],
         keep_alive_s=flags["sse-keep-alive"],
+        otlp_endpoint=endpoint,
         **guards,
     )
 

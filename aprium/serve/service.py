@@ -16,13 +16,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from aprium.base import records
-from aprium.base.errors import EngineError, RequestError
+from aprium.base.errors import EngineError, OverloadError, RequestError
 from aprium.base.records import Completion, SamplingParams
 from aprium.serve.admission import Admission, Limits, Ticket
 from aprium.serve.keys import share_of
 from aprium.serve.metrics import Metrics
 from aprium.serve.reply import ChatReply, Reply
 from aprium.serve.stable import stable_messages, stable_tools
+from aprium.serve.tracing import Tracer
 from aprium.serve.transport import EventStream, Json, explain, until_gone
 from aprium.serve.wire import ChatRequest, TokenizeChatRequest
 from aprium.text.chat import starts_in_reasoning
@@ -45,7 +46,7 @@ class ServeConfig:
     `stable_prompts` takes out of prompts what changes from request to request and says nothing.
     `allowed_hosts`, if any, are the names of the server that requests may use; `allowed_origins`
     are the web pages, elsewhere, whose scripts may use it. A stream that has nothing to say for
-    `keep_alive_s` seconds sends a comment; 0: never.
+    `keep_alive_s` seconds sends a comment; 0: never. Traces go to `otlp_endpoint`, if it is given.
     """
 
     names: tuple[str, ...]
@@ -65,6 +66,7 @@ class ServeConfig:
     max_json_depth: int = 64
     max_stored_responses: int = 256
     keep_alive_s: float = 10.0
+    otlp_endpoint: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,9 @@ class Prompt:
 class Service:
     """One engine behind HTTP."""
 
-    def __init__(self, engine: "AsyncEngine", config: ServeConfig) -> None:
+    def __init__(
+        self, engine: "AsyncEngine", config: ServeConfig, tracer: Tracer | None = None
+    ) -> None:
         assert engine.tokenizer is not None and engine.template is not None
         self.engine = engine
         self.config = config
@@ -86,6 +90,13 @@ class Service:
         self.template = engine.template
         self.admission = Admission(engine, config.limits)
         self.metrics = Metrics(engine, self.admission, config.names[0])
+        self.tracer = tracer
+
+    async def close(self) -> None:
+        """Close the engine, and send what is left of traces."""
+        await self.engine.close()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     def check_model(self, name: str | None) -> None:
         """Raise 404 for a model that is not served here."""
@@ -95,7 +106,16 @@ class Service:
 
     def admit(self, request: Request, sequences: int | None = 1) -> Ticket:
         """Let a request in (see `Admission.enter`)."""
-        return self.admission.enter(share_of(request.headers), max(sequences or 1, 1))
+        span = self.tracer.begin(request) if self.tracer is not None else None
+        try:
+            ticket = self.admission.enter(share_of(request.headers), max(sequences or 1, 1))
+        except OverloadError as error:
+            if span is not None:
+                span.failed(error)
+                span.end()
+            raise
+        ticket.span = span
+        return ticket
 
     def switches(self, body: ChatRequest | TokenizeChatRequest) -> dict[str, Any]:
         """Return the template's switches for `body`."""
@@ -168,6 +188,8 @@ class Service:
         }
         if turn is not None:
             options |= turn.options
+        if ticket.span is not None:
+            ticket.span.asked(request_id, body.model or self.config.names[0], params, body)
         self.admission.add_tokens(ticket, sum(map(len, prompts)))
 
         def begin() -> list[AsyncIterator[Completion]]:
@@ -239,8 +261,14 @@ class Service:
                         timings = completion.timings
                         self.admission.learn(timings.total_s - timings.queue_s)
                     yield completion
+        except Exception as error:
+            if ticket.span is not None:
+                ticket.span.failed(error)
+            raise
         finally:
             facts |= _summary(list(latest.values()), ticket.tokens)
+            if ticket.span is not None:
+                ticket.span.answered(list(latest.values()), ticket.tokens)
 
 
 def _summary(completions: Sequence[Completion], num_prompt: int) -> dict[str, Any]:
