@@ -36,9 +36,13 @@ class UnsupportedError(ApriumError):
 
 
 class SessionError(ApriumError):
-    """A session is not there ("unknown"), in use ("busy"), or its file cannot be used ("file")."""
+    """A session cannot be had.
 
-    def __init__(self, message: str, reason: Literal["unknown", "busy", "file"]) -> None:
+    It is not there ("unknown") or in use ("busy"), its file cannot be used ("file"), or there is no
+    room for another ("full").
+    """
+
+    def __init__(self, message: str, reason: Literal["unknown", "busy", "file", "full"]) -> None:
         super().__init__(message)
         self.reason = reason
 

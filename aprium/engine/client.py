@@ -497,7 +497,7 @@ class _Jobs:
 
 def _open_sessions(owner: Owner, config: EngineConfig) -> Sessions:
     try:
-        return Sessions(owner, config.session_dir)
+        return Sessions(owner, config.session_dir, config.max_sessions)
     except BaseException:
         owner.close()
         raise

@@ -42,7 +42,8 @@ class EngineConfig:
     with the same bits. Copies of them, and states of preempted sequences, are kept in
     `prefix_cache_ram_bytes` (None fits the machine, 0: none) and in `prefix_cache_dir`, up to
     `prefix_cache_disk_bytes` (None: no limit), where another process finds them.
-    `session_dir` keeps sessions, and what they need to be resumed after a crash.
+    `session_dir` keeps sessions, and what they need to be resumed after a crash; of more than
+    `max_sessions` the least recently used goes.
     `memory_utilization` is the share of the machine's memory that may be in use, other programs
     and weights included; None takes half of what is free when the weights are loaded.
     `speculative` drafts tokens and verifies them, which changes speed and nothing else.
@@ -69,6 +70,7 @@ class EngineConfig:
     prefix_cache_dir: Path | None = None
     prefix_cache_disk_bytes: int | None = None
     session_dir: Path | None = None
+    max_sessions: int = 1024
     load_format: Literal["auto", "dummy"] = "auto"
     load: Literal["auto", "memory", "mmap"] = "auto"
     seed: int | None = None
@@ -78,7 +80,7 @@ class EngineConfig:
         """Check ranges; raise ConfigError naming the field."""
         for name in (
             *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
-            "kv_cache_bytes",
+            *("kv_cache_bytes", "max_sessions"),
             *("snapshot_bytes", "snapshot_interval", "prefix_cache_disk_bytes"),
         ):
             value = getattr(self, name)

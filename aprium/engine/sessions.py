@@ -11,6 +11,7 @@ snapshot on disk, with the same random numbers, to the same tokens.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import threading
@@ -24,6 +25,8 @@ from typing import Any
 
 from aprium.base.config import from_dict
 from aprium.base.errors import ConfigError, SessionError
+from aprium.base.files import remove_durably, write_durably
+from aprium.base.log import get_logger
 from aprium.base.records import Completion, Message, SamplingParams
 from aprium.engine.engine import Engine, check_salt
 from aprium.engine.owner import Owner
@@ -59,7 +62,7 @@ class SessionRecord:
     """What a session is; `tokens` are prompt and answer of its last turn, one of `turns`.
 
     Only its `owner` may have it (a server's client; empty: anybody). `running` is a turn that was
-    cut off, or is under way while `busy`.
+    cut off, or is under way while `busy`. `used` grows with every use.
     """
 
     id: str
@@ -72,6 +75,7 @@ class SessionRecord:
     parent: str | None = None
     running: Running | None = None
     busy: bool = False
+    used: int = 0
     node: Node | None = None  # what it holds in the prefix cache
 
     @property
@@ -81,21 +85,27 @@ class SessionRecord:
 
 
 class Sessions:
-    """The sessions of one engine; those written to `directory` earlier are there again."""
+    """The sessions of one engine; those written to `directory` earlier are there again.
 
-    def __init__(self, owner: Owner, directory: Path | None) -> None:
-        self._owner, self._directory = owner, directory
+    There are at most `limit`: where another begins, the one that was not used for longest goes, its
+    files too, of those that are not answering.
+    """
+
+    def __init__(self, owner: Owner, directory: Path | None, limit: int) -> None:
+        self._owner, self._directory, self._limit = owner, directory, limit
         self._lock = threading.Lock()
+        self._uses = itertools.count(1)
         self._records: dict[str, SessionRecord] = {}
         self._noted: dict[str, int] = {}  # generated tokens written down
         if directory is not None:
             try:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-                paths = sorted(directory.glob("*.session.json"))
+                paths = sorted(directory.glob("*.session.json"), key=lambda p: p.stat().st_mtime)
             except OSError as error:
                 raise ConfigError(f"session_dir {directory} cannot be used: {error}") from error
             for path in paths:
                 record = _read_record(path)
+                record.used = next(self._uses)
                 running = _read_running(self._running_path(record.id))
                 if running is not None and running.turn >= record.turns:  # not one that ended
                     record.running = running
@@ -129,6 +139,7 @@ class Sessions:
         record = self._records.get(id)
         if record is None or owner not in (None, record.owner):
             raise SessionError(f"there is no session {id!r}: create it first", "unknown")
+        record.used = next(self._uses)
         return record
 
     def check_idle(self, record: SessionRecord) -> None:
@@ -163,11 +174,14 @@ class Sessions:
             record = self.get(id)
             self.check_idle(record)
             del self._records[id]
+        self._forget(record)
+
+    def _forget(self, record: SessionRecord) -> None:
+        """Give up what a session holds, and its files."""
         record.tokens = ()
         self._hold(record)
         if self._directory is not None:
-            self._path(id).unlink(missing_ok=True)
-            self._running_path(id).unlink(missing_ok=True)
+            remove_durably(self._path(record.id), self._running_path(record.id))
 
     def begin(self, id: str, running: Running) -> SessionRecord:
         """Begin a turn, or go on with one that was cut off; the session is busy until it ends."""
@@ -181,7 +195,7 @@ class Sessions:
         self._noted[id] = len(running.generated)
         try:
             if self._directory is not None:
-                _write(self._running_path(id), _running_text(running).encode())
+                write_durably(self._running_path(id), _running_text(running).encode())
         except OSError as error:
             record.running, record.busy = before, False
             raise SessionError(f"session {id!r} cannot be written: {error}", "file") from error
@@ -240,12 +254,12 @@ class Sessions:
         target = self._path(id) if path is None else path
         try:
             if path is None:
-                _write(target, json.dumps(header).encode())
+                write_durably(target, json.dumps(header).encode())
                 return target
             call = self._owner.call(lambda engine: _export(engine, record))
             name, state = call.result()
             body = json.dumps(header | {"fingerprint": name}).encode() + b"\n" + state
-            _write(target, body + blake2b(body, digest_size=_DIGEST_BYTES).digest())
+            write_durably(target, body + blake2b(body, digest_size=_DIGEST_BYTES).digest())
         except OSError as error:
             raise SessionError(f"{target} cannot be written: {error}", "file") from error
         return target
@@ -284,14 +298,35 @@ class Sessions:
         with self._lock:
             if record.id in self._records:
                 raise SessionError(f"there is a session {record.id!r} already", "busy")
+            dropped = self._make_room()
+            record.used = next(self._uses)
             self._records[record.id] = record
         try:
             if self._directory is not None:
                 self.save(record.id)
         except SessionError:
-            del self._records[record.id]
+            with self._lock:
+                del self._records[record.id]
+                self._records |= {old.id: old for old in dropped}
             raise
+        for old in dropped:
+            get_logger("engine").info("session %s is dropped: there are %d", old.id, self._limit)
+            self._forget(old)
         return record
+
+    def _make_room(self) -> list[SessionRecord]:
+        """Take out the idle sessions that have to go for another; raises SessionError."""
+        idle = sorted((r for r in self._records.values() if not r.busy), key=lambda r: r.used)
+        count = max(len(self._records) - self._limit + 1, 0)
+        if count > len(idle):
+            raise SessionError(
+                f"all {self._limit} sessions (max_sessions) are answering: wait for one, or delete "
+                "one",
+                "full",
+            )
+        for record in idle[:count]:
+            del self._records[record.id]
+        return idle[:count]
 
     def _hold(self, record: SessionRecord) -> None:
         """Hold the longest snapshot of the session's tokens, rather than the one held before."""
@@ -372,11 +407,3 @@ def _read_running(path: Path) -> Running | None:
         except (ValueError, KeyError, TypeError):
             break
     return running
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that is either there whole or not at all, for its owner alone."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    partial.touch(mode=0o600)
-    partial.write_bytes(data)
-    partial.replace(path)

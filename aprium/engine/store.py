@@ -4,7 +4,8 @@ A snapshot is the recurrent state after a prefix, and the keys and values since 
 it on the same path; so what conversations share is stored once. A file is a line of JSON, the
 tensors as safetensors, and a digest of both; it appears under its name when it is complete. Every
 byte read is checked against the digest, and the line against what is known, so a damaged file is
-one that is not there. Files of other weights, precisions or kernels are in other directories.
+one that is not there, and nothing waits for the disk: what is lost is computed again. Files of
+other weights, precisions or kernels are in other directories.
 """
 
 import contextlib

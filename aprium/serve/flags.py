@@ -237,6 +237,12 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(name="session-dir", help="Directory for sessions, which outlive the server."),
     Flag(
+        name="max-sessions",
+        kind="int",
+        default=1024,
+        help="Sessions that are kept; the least recently used that is not answering goes first.",
+    ),
+    Flag(
         name="memory-utilization",
         kind="float",
         help="Share of the machine's memory that may be in use; default: half of what is free.",

@@ -47,6 +47,7 @@ _ENGINE_FIELDS = {
     "prefix-cache-dir": "prefix_cache_dir",
     "prefix-cache-disk-bytes": "prefix_cache_disk_bytes",
     "session-dir": "session_dir",
+    "max-sessions": "max_sessions",
     "speculative-config": "speculative",
     "load": "load",
     "max-model-len": "max_model_len",

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from aprium.base.errors import ApriumError, RequestError, SessionError
+from aprium.base.files import remove_durably, write_durably
 from aprium.base.log import get_logger
 from aprium.base.records import Completion, Message
 from aprium.serve.admission import Ticket
@@ -71,7 +72,7 @@ class ResponseStore:
         if self._directory is not None and ended:
             data = json.dumps({"response": stored.response, "items": stored.items})
             path = self._path(stored.response["id"])
-            await asyncio.to_thread(_write, path, data)
+            await asyncio.to_thread(write_durably, path, data.encode())
         for id, oldest in list(self._stored.items()):
             if len(self._stored) <= self._limit:
                 break
@@ -84,7 +85,7 @@ class ResponseStore:
         with contextlib.suppress(SessionError):
             await asyncio.to_thread(self._sessions.delete, id)
         if self._directory is not None:
-            self._path(id).unlink(missing_ok=True)
+            await asyncio.to_thread(remove_durably, self._path(id))
 
     def _path(self, id: str) -> Path:
         assert self._directory is not None
@@ -260,7 +261,14 @@ class ResponseRoutes:
                 "can be gone on from",
                 "busy",
             )
-        return self._sessions.get(id)
+        try:
+            return self._sessions.get(id)
+        except SessionError as error:
+            raise HTTPException(
+                404,
+                f"the session of response {id!r} is gone, for others that were used later "
+                "(--max-sessions): send what was said as input",
+            ) from error
 
     async def _begin(
         self, id: str, before: "SessionRecord | None", salt: str, owner: str
@@ -284,12 +292,3 @@ def _read(path: Path) -> Stored | None:
     except (OSError, ValueError, KeyError, TypeError):
         get_logger("serve").warning("%s is damaged: the response is not kept", path)
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, for its owner alone."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    partial.touch(mode=0o600)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -65,7 +65,8 @@ def explain(error: Exception) -> tuple[int, str, str | None]:
     if isinstance(error, TemplateError):
         return 400, str(error), "messages"
     if isinstance(error, SessionError):
-        return {"unknown": 404, "busy": 409, "file": 400}[error.reason], str(error), "session"
+        status = {"unknown": 404, "busy": 409, "file": 400, "full": 503}[error.reason]
+        return status, str(error), "session"
     if isinstance(error, OverloadError):
         return 429 if error.reason == "key" else 503, str(error), None
     if isinstance(error, EngineError):

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from aprium import LLM, SamplingParams, Session
-from aprium.base.errors import EngineError, RequestError, SessionError
+from aprium.base.errors import ConfigError, EngineError, RequestError, SessionError
 from aprium.base.records import Message
 from aprium.engine.sessions import Running
 
@@ -107,6 +108,72 @@ def test_what_cannot_be_is_refused(llm, tmp_path):
         session.generate("a", GREEDY)
     with pytest.raises(SessionError, match="is answering"):
         session.delete()
+
+
+def test_the_least_recently_used_goes_first_and_one_that_answers_never(tmp_path):
+    options = {"session_dir": tmp_path, "max_sessions": 3, "max_model_len": 256}
+    with LLM("pico", **options) as llm:
+        for name in "abc":
+            Session(llm, name)
+        Session(llm, "a").generate("One", GREEDY)  # used again, so that b is the oldest
+        Session(llm, "d")
+        assert {r.id for r in llm.sessions.all()} == {"a", "c", "d"}
+        assert not [*tmp_path.glob("b.*")]
+        llm.sessions.get("c")
+        llm.sessions.begin("a", Running(prompt=(1,), params=GREEDY, turn=1))
+        Session(llm, "e")
+        Session(llm, "f")
+        assert {r.id for r in llm.sessions.all()} == {"a", "e", "f"}
+        for name in "ef":
+            llm.sessions.begin(name, Running(prompt=(1,), params=GREEDY))
+        with pytest.raises(SessionError, match="all 3 sessions") as caught:
+            Session(llm, "g")
+        assert caught.value.reason == "full" and not [*tmp_path.glob("g.*")]
+        llm.sessions.end(llm.sessions.get("e"), None)
+        assert llm.sessions.fork("a", "h").tokens == llm.sessions.get("a").tokens
+        assert {r.id for r in llm.sessions.all()} == {"a", "f", "h"}
+        (tmp_path / "z.session.json").mkdir()
+        llm.sessions.end(llm.sessions.get("f"), None)
+        with pytest.raises(SessionError, match="cannot be written"):
+            Session(llm, "z")
+        assert {r.id for r in llm.sessions.all()} == {"a", "f", "h"}  # nobody went for nothing
+        (tmp_path / "z.session.json").rmdir()
+    with LLM("pico", **options | {"max_sessions": 1}) as llm:  # all are there until one comes
+        assert len(llm.sessions.all()) == 3
+        Session(llm, "i")
+        assert [r.id for r in llm.sessions.all()] == ["i"]
+        assert {path.name for path in tmp_path.glob("*.json*")} == {"i.session.json"}
+    with pytest.raises(ConfigError, match="max_sessions is 0"):
+        LLM("pico", max_sessions=0)
+
+
+def test_what_is_acknowledged_is_on_the_disk(llm, tmp_path, monkeypatch):
+    """Every file that a turn leaves was synced before it got its name, and the name after."""
+    done: list[tuple[str, str]] = []
+    sync, replace = os.fsync, Path.replace
+
+    def note_sync(handle):
+        done.append(("sync", Path(f"/proc/self/fd/{handle}").readlink().name))
+        sync(handle)
+
+    def note_replace(self, target):
+        done.append(("name", Path(target).name))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    with LLM("pico", session_dir=tmp_path / "kept", max_model_len=256) as other:
+        session = Session(other, "s")
+        done.clear()
+        session.generate("One two", GREEDY)
+        kinds = [(kind, name.split(".")[1] if "." in name else name) for kind, name in done]
+        own = [pair for pair in kinds if pair[1] in ("running", "session", "kept")]
+        written = [("sync", "{}"), ("name", "{}"), ("sync", "kept")]
+        expected = [(k, n.format(part)) for part in ("running", "session") for k, n in written]
+        assert own == expected
+        done.clear()
+        session.delete()
+        assert done == [("sync", "kept")] and not [*(tmp_path / "kept").glob("s.*")]
 
 
 def test_sessions_of_a_directory_are_there_again(tmp_path):

@@ -186,9 +186,13 @@ def serve(pico: Checkpoint, tmp_path: Path) -> Iterator[Callable[..., TestClient
     """A function that starts a server over one directory; each start is a new process'."""
     with contextlib.ExitStack() as stack:
 
-        def start(**options: Any) -> TestClient:
+        def start(max_sessions: int = 1024, **options: Any) -> TestClient:
             config = EngineConfig(
-                model="pico", session_dir=tmp_path, max_model_len=1024, max_num_seqs=4
+                model="pico",
+                session_dir=tmp_path,
+                max_sessions=max_sessions,
+                max_model_len=1024,
+                max_num_seqs=4,
             )
             engine = AsyncEngine(config, pico)
             app = create_app(engine, ServeConfig(**{"names": ("pico",), **options}))

@@ -80,6 +80,30 @@ def test_what_cannot_be_is_refused_with_a_code(serve):
     assert chat(client, "x", session="s")["choices"]
 
 
+def test_there_are_at_most_so_many_sessions(serve):
+    client = serve(max_sessions=2)
+    for name in "abc":
+        assert client.post("/v1/sessions", json={"id": name}).status_code == 200
+    assert client.get("/v1/sessions/a").status_code == 404
+    for name in "bc":
+        client.engine.sessions.get(name).busy = True
+    full = client.post("/v1/sessions", json={"id": "d"})
+    assert full.status_code == 503 and "all 2 sessions" in full.json()["error"]["message"]
+    response = client.post("/v1/responses", json={"input": "x", "max_output_tokens": 1})
+    assert response.status_code == 503
+    for name in "bc":
+        client.engine.sessions.get(name).busy = False
+    quiet = {"reasoning": {"effort": "none"}, "max_output_tokens": 2}
+    first = client.post("/v1/responses", json={"input": "x", **quiet}).json()
+    for name in "ef":
+        assert client.post("/v1/sessions", json={"id": name}).status_code == 200
+    assert client.get(f"/v1/responses/{first['id']}").json() == first
+    body = {"input": "y", "previous_response_id": first["id"], **quiet}
+    gone = client.post("/v1/responses", json=body)
+    assert gone.status_code == 404 and "--max-sessions" in gone.json()["error"]["message"]
+    assert chat(client, "x", session="f")["choices"]
+
+
 def test_a_turn_cut_off_is_resumed_by_the_next_server(serve):
     client = serve()
     client.post("/v1/sessions", json={"id": "s"})
