@@ -1,20 +1,24 @@
 """Training: tokens a second and peak memory against transformers' own implementation.
 
-python benchmarks/train.py [pico hybrid-100m] [--rounds 3] [--steps 4] [--batch 4] [--length 512]
-                           [--threads 2]
+python benchmarks/train.py [pico hybrid-100m] [--batches equal chat] [--dtypes float32 bfloat16]
+                           [--rounds 3] [--steps 4] [--length 512] [--threads 2]
 
-Both sides start from the same float32 weights and take the same batch: equal sequences, so that
-neither pads; cross-entropy over every token but the first, backward, clipping, AdamW. The peer is
-`transformers.AutoModelForCausalLM` in plain PyTorch, without prediction head (it has none), with
-the faster of its implementations of experts. Each round is a fresh process a side, in turn; figures
-are medians over rounds of the median step, memory the process's peak, and that peak over what the
-loaded model had. `loss` is the first step's, which shows that both compute the same. Bars: tokens
-a second >= 3 times, peak memory <= 0.6 times.
+Both sides start from the same float32 weights and take the same batch: cross-entropy over every
+token but each document's first, backward, clipping, AdamW. "equal" is documents of one length, so
+that nobody pads; "chat" has lengths as conversations have them, which Aprium packs and the peer
+pads to the longest. The peer is `transformers.AutoModelForCausalLM` in plain PyTorch, without
+prediction head (it has none), with the faster of its implementations of experts; in bfloat16 it
+runs under autocast, and Aprium with bfloat16 activations, both with float32 weights and optimiser.
+Each round is a fresh process a side, in turn; figures are medians over rounds of the median step,
+memory the process's peak, and that peak over what the loaded model had. `loss` is the first step's,
+which shows that both compute the same. Bars: tokens a second >= 3 times, peak memory <= 0.6 times.
 """
 
 import argparse
 import json
+import math
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -23,17 +27,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from aprium.base.records import Sample
 from aprium.model.config import PATTERN_KINDS, ModelConfig
 from aprium.model.presets import PRESETS
 
-IMPLEMENTATIONS = ("eager", "grouped_mm")
+PEERS = ("eager", "grouped_mm")
 
 
 def shapes() -> dict[str, ModelConfig]:
@@ -74,7 +78,20 @@ def write(shape: ModelConfig, directory: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def ours(directory: Path, tokens: Tensor) -> Callable[[], float]:
+def batch(kind: str, length: int, vocab: int) -> list[list[int]]:
+    """Return about 4 `length` tokens: documents of one length, or of lognormal ones."""
+    numbers = random.Random(1)
+    if kind == "equal":
+        lengths = [length] * 4
+    else:
+        lengths = []
+        while sum(lengths) < 4 * length:
+            drawn = round(numbers.lognormvariate(math.log(length / 4), 0.8))
+            lengths.append(min(max(drawn, 16), 2 * length))
+    return [[numbers.randrange(vocab) for _ in range(n)] for n in lengths]
+
+
+def ours(directory: Path, documents: list[list[int]], dtype: str) -> Callable[[], float]:
     """Load the model for Aprium's trainer and return one step."""
     from aprium.checkpoint.load import load_checkpoint
     from aprium.train.batch import collate
@@ -82,12 +99,14 @@ def ours(directory: Path, tokens: Tensor) -> Callable[[], float]:
     from aprium.train.optim import OptimConfig, build_optimisers
 
     model = load_checkpoint(directory).model
+    model.compute_dtype = getattr(torch, dtype)
     optim = OptimConfig(muon_lr=None)
     optimisers = build_optimisers(model, optim)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    length = tokens.shape[1]
-    weights = (0.0,) + (1.0,) * (length - 1)
-    samples = [Sample(tokens=tuple(r), ce_weight=weights, domain="") for r in tokens.tolist()]
+    samples = [
+        Sample(tokens=tuple(d), ce_weight=(0.0,) + (1.0,) * (len(d) - 1), domain="")
+        for d in documents
+    ]
     config = LossConfig(mtp_weight=0.0, balance_weight=0.0)
 
     def step() -> float:
@@ -102,7 +121,9 @@ def ours(directory: Path, tokens: Tensor) -> Callable[[], float]:
     return step
 
 
-def peer(directory: Path, tokens: Tensor, experts: str) -> Callable[[], float]:
+def peer(
+    directory: Path, documents: list[list[int]], dtype: str, experts: str
+) -> Callable[[], float]:
     """Load the model for transformers and return one step in plain PyTorch."""
     import transformers
 
@@ -111,10 +132,18 @@ def peer(directory: Path, tokens: Tensor, experts: str) -> Callable[[], float]:
         directory, dtype=torch.float32, experts_implementation=experts
     )
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    longest = max(map(len, documents))
+    tokens = torch.tensor([d + [0] * (longest - len(d)) for d in documents])
+    mask = torch.tensor([[1] * len(d) + [0] * (longest - len(d)) for d in documents])
+    labels = tokens.where(mask == 1, -100)
+    given = {} if bool(mask.all()) else {"attention_mask": mask}
 
     def step() -> float:
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(input_ids=tokens, labels=labels, use_cache=False, **given).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -124,13 +153,16 @@ def peer(directory: Path, tokens: Tensor, experts: str) -> Callable[[], float]:
     return step
 
 
-def work(side: str, directory: Path, options: argparse.Namespace) -> None:
+def work(options: argparse.Namespace) -> None:
     """Time one side and print its figures; runs in a process of its own."""
     torch.set_num_threads(options.threads)
+    directory: Path = options.directory
     vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
-    shape = (options.batch, options.length)
-    tokens = torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(1))
-    step = ours(directory, tokens) if side == "ours" else peer(directory, tokens, side)
+    documents = batch(options.kind, options.length, vocab)
+    if options.side == "aprium":
+        step = ours(directory, documents, options.dtype)
+    else:
+        step = peer(directory, documents, options.dtype, options.side)
     loaded = _resident()
     first = step()
     seconds = []
@@ -140,7 +172,7 @@ def work(side: str, directory: Path, options: argparse.Namespace) -> None:
         seconds.append(time.perf_counter() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     line = {"s": statistics.median(seconds), "loss": first, "peak": peak, "over": peak - loaded}
-    print(json.dumps(line))
+    print(json.dumps(line | {"tokens": sum(map(len, documents))}))
 
 
 def _resident() -> float:
@@ -148,40 +180,36 @@ def _resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def measure(side: str, directory: Path, options: argparse.Namespace) -> dict[str, float]:
+def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     """Run `work` in a fresh process."""
-    settings = [f"--{n}={getattr(options, n)}" for n in ("steps", "batch", "length", "threads")]
-    command = [sys.executable, __file__, f"--side={side}", f"--directory={directory}", *settings]
+    names = ("steps", "length", "threads", "kind", "dtype", "directory")
+    settings = [f"--{name}={getattr(options, name)}" for name in names]
+    command = [sys.executable, __file__, f"--side={side}", *settings]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of one shape."""
-    with tempfile.TemporaryDirectory() as folder:
-        count = write(shapes()[name], Path(folder))
-        trial = {i: measure(i, Path(folder), options)["s"] for i in IMPLEMENTATIONS}
-        best = min(trial, key=lambda i: trial[i])
-        rounds = [
-            (measure("ours", Path(folder), options), measure(best, Path(folder), options))
-            for _ in range(options.rounds)
-        ]
-    tokens = options.batch * options.length
+def compare(name: str, count: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one shape, batch and dtype."""
+    trial = {side: measure(side, options)["s"] for side in PEERS}
+    best = min(trial, key=lambda side: trial[side])
+    rounds = [(measure("aprium", options), measure(best, options)) for _ in range(options.rounds)]
 
     def middle(pick: Callable[[dict[str, float], dict[str, float]], float]) -> float:
         return statistics.median(pick(mine, theirs) for mine, theirs in rounds)
 
+    speeds = [theirs["s"] / mine["s"] for mine, theirs in rounds]
     return {
-        "case": name,
+        "case": f"{name}, {options.kind}, {options.dtype}",
         "parameters": count,
-        "tokens_per_step": tokens,
+        "tokens_per_step": rounds[0][0]["tokens"],
         "threads": options.threads,
         "peer": f"transformers, experts {best}",
         "loss": [rounds[0][0]["loss"], rounds[0][1]["loss"]],
-        "tokens_per_s": round(middle(lambda mine, _: tokens / mine["s"])),
-        "peer_tokens_per_s": round(middle(lambda _, theirs: tokens / theirs["s"])),
-        "ratio": round(middle(lambda mine, theirs: theirs["s"] / mine["s"]), 2),
-        "spread": [round(f(t["s"] / m["s"] for m, t in rounds), 2) for f in (min, max)],
+        "tokens_per_s": round(middle(lambda mine, _: mine["tokens"] / mine["s"])),
+        "peer_tokens_per_s": round(middle(lambda _, theirs: theirs["tokens"] / theirs["s"])),
+        "ratio": round(statistics.median(speeds), 2),
+        "spread": [round(min(speeds), 2), round(max(speeds), 2)],
         "peak_mib": round(middle(lambda mine, _: mine["peak"])),
         "peer_peak_mib": round(middle(lambda _, theirs: theirs["peak"])),
         "peak_ratio": round(middle(lambda mine, theirs: mine["peak"] / theirs["peak"]), 2),
@@ -192,21 +220,28 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shapes", nargs="*", default=list(shapes()))
+    parser.add_argument("--batches", nargs="+", default=["equal", "chat"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
+    for name in ("side", "kind", "dtype"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        work(options.side, options.directory, options)
+        work(options)
         return
     for name in options.shapes:
-        print(json.dumps(compare(name, options)), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            count = write(shapes()[name], Path(folder))
+            options.directory = Path(folder)
+            for kind, dtype in product(options.batches, options.dtypes):
+                options.kind, options.dtype = kind, dtype
+                print(json.dumps(compare(name, count, options)), flush=True)
 
 
 if __name__ == "__main__":

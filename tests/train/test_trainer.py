@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,32 @@ def test_run_killed_between_checkpoints_continues_the_same_curve(tmp_path: Path)
 def _killed(output: Path) -> None:
     torch.set_num_threads(1)
     make(output, 10, Copies(interrupt_at=6, number=signal.SIGKILL)).run()
+
+
+@pytest.mark.slow
+def test_run_killed_again_and_again_ends_with_the_same_curve(tmp_path: Path) -> None:
+    straight = make(tmp_path / "a", 40, every=2)
+    straight.run()
+    numbers, context = random.Random(0), multiprocessing.get_context("spawn")
+    kills, exitcode = 0, None
+    while exitcode != 0:
+        process = context.Process(target=_long_run, args=(tmp_path / "b",))
+        process.start()
+        begun = checkpoint.complete(tmp_path / "b")[-1:]
+        while process.exitcode is None and checkpoint.complete(tmp_path / "b")[-1:] == begun:
+            time.sleep(0.01)  # until it gets somewhere
+        process.join(numbers.random())
+        process.kill()
+        process.join()
+        exitcode = process.exitcode
+        kills += exitcode != 0
+    assert kills > 2
+    assert _metrics(tmp_path / "b") == _metrics(tmp_path / "a")
+
+
+def _long_run(output: Path) -> None:
+    torch.set_num_threads(1)
+    make(output, 40, every=2).run()
 
 
 def _metrics(output: Path) -> list[dict[str, Any]]:
