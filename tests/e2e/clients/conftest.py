@@ -5,6 +5,7 @@ these tests and lacks a package is told so by a failure.
 """
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from tests.e2e.conftest import serving
 
+ROOT = Path(__file__).parents[3]
 KEY = "secret"
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 # pico's training has this question, always with a call of this tool for an answer.
@@ -29,6 +31,16 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("pico") / "log"
     with serving(Path("pico"), log, "--max-model-len", "2K", "--api-key", KEY) as address:
         yield address
+
+
+@pytest.fixture(scope="package")
+def card() -> ModuleType:
+    """The program that measured the card."""
+    spec = importlib.util.spec_from_file_location("pico_card", ROOT / "recipes/pico_card.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def need(name: str) -> ModuleType:

@@ -3,7 +3,6 @@
 Its items are those of the card, drawn from the families that need no list of words.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,6 @@ from aprium.text.chat import ChatTemplate
 from tests.e2e.clients.conftest import KEY, need, run
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parents[3]
 CARD = json.loads((PICO_DIR / "evaluation.json").read_text())["families"]
 GENERATE: dict[str, Any] = {
     "output_type": "generate_until",
@@ -51,16 +49,6 @@ CHOOSE: dict[str, Any] = {
     "target_delimiter": "",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
-
-
-@pytest.fixture(scope="module")
-def card() -> ModuleType:
-    """The program that measured the card."""
-    spec = importlib.util.spec_from_file_location("pico_card", ROOT / "recipes/pico_card.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
