@@ -90,6 +90,18 @@ class Naming:
         return "backbone." + rest
 
 
+# The last part of a module's name, by the kind of its layer where that matters -> role.
+_ROLES = {
+    "in_proj": "mamba_in",
+    "out_proj": "mamba_out",
+    "q_proj": "attention_qkv",
+    "k_proj": "attention_qkv",
+    "v_proj": "attention_qkv",
+    "o_proj": "attention_out",
+    "fc1_latent_proj": "latent",
+    "fc2_latent_proj": "latent",
+    "lm_head": "head",
+}
 _STACKED = re.compile(r"\.mixer\.experts\.(up_proj|down_proj)$")
 _EXPERT = re.compile(r"^(.*\.mixer\.experts)\.(\d+)\.(up_proj|down_proj)(\..+)$")
 
@@ -125,6 +137,18 @@ def matrices(config: ModelConfig) -> dict[str, Matrix]:
         if isinstance(item, Matrix):
             found[name] = item
     return found
+
+
+def matrix_role(module: str) -> str:
+    """Return the role of a matrix by its published module name."""
+    if module.startswith("mtp."):
+        return "mtp"
+    leaf = module.rpartition(".")[2]
+    if leaf in _ROLES:
+        return _ROLES[leaf]
+    if ".shared_experts." in module:
+        return "shared_expert"
+    return "expert" if ".experts." in module else "mlp"
 
 
 def tensor_table(

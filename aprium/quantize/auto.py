@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from aprium.base.errors import QuantizeError
-from aprium.checkpoint.names import matrices
+from aprium.checkpoint.names import matrices, matrix_role
 from aprium.model.config import ModelConfig
 from aprium.model.linear import Matrix
 from aprium.model.model import Block, HybridModel
 from aprium.ops import fp8, nvfp4
 from aprium.ops.logprob import kl_divergence
 from aprium.quantize.progress import progress
-from aprium.quantize.recipes import BITS, Recipe, role_of
+from aprium.quantize.recipes import BITS, Recipe
 from aprium.quantize.streams import Stream
 
 
@@ -56,7 +56,7 @@ def units(config: ModelConfig) -> list[Unit]:
     grouped: dict[str, list[str]] = {}
     found_matrices = matrices(config)
     for module in found_matrices:
-        role = role_of(module)
+        role = matrix_role(module)
         if role in ("mtp", "head"):
             continue
         mixer = ".".join(module.split(".")[:4])
@@ -74,7 +74,7 @@ def units(config: ModelConfig) -> list[Unit]:
             Unit(
                 name=name,
                 layer=int(name.split(".")[2]),
-                role=role_of(modules[0]),
+                role=matrix_role(modules[0]),
                 parameters=parameters,
                 modules=modules,
                 weights=sum(shape.rows * shape.columns for shape in shapes),

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from aprium.base.errors import QuantizeError
+from aprium.checkpoint.names import matrix_role
 from aprium.model.linear import Experts, Linear, Matrix
 from aprium.ops import fp8, nvfp4
 from aprium.ops.gptq import floor_importance, gptq, hessian
 from aprium.ops.matmul import linear
-from aprium.quantize.recipes import BITS, Recipe, role_of
+from aprium.quantize.recipes import BITS, Recipe
 from aprium.quantize.streams import Inputs, expert_hidden
 
 FEW_TOKENS = 64  # below which an expert's inputs say too little about it
@@ -247,7 +248,7 @@ class Encoder:
         self.reports.append(
             MatrixReport(
                 layer=index,
-                role=role_of(name),
+                role=matrix_role(name),
                 module=name,
                 format=fmt,
                 bits=BITS[fmt],

@@ -12,25 +12,13 @@ from typing import Literal
 
 from aprium.base.config import load_toml
 from aprium.base.errors import QuantizeError
-from aprium.checkpoint.names import matrices
+from aprium.checkpoint.names import matrices, matrix_role
 from aprium.model.config import ModelConfig, QuantConfig
 
 DIRECTORY = Path(__file__).parent / "recipes"
 Format = Literal["nvfp4", "w4a16_nvfp4", "fp8"]
 BITS = {"nvfp4": 4.5, "w4a16_nvfp4": 4.5, "fp8": 8.0, None: 16.0}
 METHODS = ("rtn", "gptq")
-# The last part of a module's name, by the kind of its layer where that matters -> role.
-_ROLES = {
-    "in_proj": "mamba_in",
-    "out_proj": "mamba_out",
-    "q_proj": "attention_qkv",
-    "k_proj": "attention_qkv",
-    "v_proj": "attention_qkv",
-    "o_proj": "attention_out",
-    "fc1_latent_proj": "latent",
-    "fc2_latent_proj": "latent",
-    "lm_head": "head",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +81,6 @@ def read(name: str, overrides: Mapping[str, object] | None = None) -> Recipe:
     return load_toml(Recipe, file, overrides)
 
 
-def role_of(module: str) -> str:
-    """Return the role of a matrix by its published module name."""
-    if module.startswith("mtp."):
-        return "mtp"
-    leaf = module.rpartition(".")[2]
-    if leaf in _ROLES:
-        return _ROLES[leaf]
-    if ".shared_experts." in module:
-        return "shared_expert"
-    return "expert" if ".experts." in module else "mlp"
-
-
 def formats_of(recipe: Recipe, config: ModelConfig) -> dict[str, str]:
     """Return the format of every matrix that `recipe` quantises, by published module name.
 
@@ -112,7 +88,7 @@ def formats_of(recipe: Recipe, config: ModelConfig) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for module, matrix in matrices(config).items():
-        role = role_of(module)
+        role = matrix_role(module)
         fmt = None if role == "mtp" else getattr(recipe.formats, role)
         if fmt is None or (recipe.keep_mamba_before_attention and _feeds_attention(module, config)):
             continue
@@ -147,7 +123,7 @@ def effective_bits(formats: Mapping[str, str], config: ModelConfig) -> float:
     """Return the mean bits a weight over the matrices of the backbone's layers, scales included."""
     bits = count = 0.0
     for module, matrix in matrices(config).items():
-        if role_of(module) in ("mtp", "head"):
+        if matrix_role(module) in ("mtp", "head"):
             continue
         size = matrix.rows * matrix.columns
         bits += BITS[formats.get(module)] * size

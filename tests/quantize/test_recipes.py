@@ -3,7 +3,7 @@
 import pytest
 
 from aprium.base.errors import ConfigError, QuantizeError
-from aprium.checkpoint.names import matrices
+from aprium.checkpoint.names import matrices, matrix_role
 from aprium.model.presets import PRESETS
 from aprium.model.quant_presets import QUANT_PRESETS, quant_preset
 from aprium.quantize import recipes
@@ -39,7 +39,7 @@ def test_there_is_a_recipe_for_every_published_file_and_all_can_be_read():
 
 def test_every_matrix_has_a_role():
     for config in PRESETS.values():
-        roles = {recipes.role_of(name) for name in matrices(config)}
+        roles = {matrix_role(name) for name in matrices(config)}
         assert roles <= {*recipes.Formats.__dataclass_fields__, "mtp"}
 
 
