@@ -2,7 +2,8 @@
 
 A module's parameters are the file's tensors, kept as stored; the format is a property of each
 matrix. The reference path turns a matrix into the activation dtype where it is used and keeps
-nothing. Formats: None (stored as BF16, F32 or F16), "fp8" (one scale a matrix), "nvfp4" and
+nothing; `substitute` puts another product in its place, for training in another precision or with
+adapters. Formats: None (stored as BF16, F32 or F16), "fp8" (one scale a matrix), "nvfp4" and
 "w4a16_nvfp4" (codes, block scales, one global scale). Activations stay unquantised here, so an
 `input_scale` is carried for saving and not read. Source: docs/numerics.md.
 """
@@ -18,6 +19,9 @@ from aprium.base.errors import CheckpointError
 from aprium.model.config import NVFP4_BLOCK, NVFP4_TENSORS, QuantConfig
 from aprium.ops import fp8, nvfp4
 from aprium.ops.matmul import linear
+
+# Maps rows [T, in] to [T, out] by a matrix, or by that of one expert of a stack.
+Product = Callable[[Tensor, int | None], Tensor]
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -37,6 +41,7 @@ class Matrix(nn.Module):
         self.format, self.layout = fmt, layout
         self.parts: dict[str, list[Tensor]] = {}
         self.transposed = False
+        self.substitute: Callable[[torch.dtype], Product] | None = None
         *lead, rows, columns = shape
         head = tuple(lead)
         if fmt is None:
@@ -98,6 +103,18 @@ class Matrix(nn.Module):
             codes, scales = nvfp4.untranspose(codes, scales)
         return decode(codes, scales, pick(scale_2)).to(dtype)
 
+    def product(self, dtype: torch.dtype) -> Product:
+        """Return the product with this matrix in `dtype`, for one pass; a bias is not added.
+
+        Dense stacks are split once, so that a backward pass assembles each gradient once.
+        """
+        if self.substitute is not None:
+            return self.substitute(dtype)
+        if self.format is None and not self.parts and self.weight.dim() == 3:
+            weights = self.weight.unbind(0)
+            return lambda rows, expert: linear(rows, weights[expert or 0])
+        return lambda rows, expert: linear(rows, self.dense(dtype, expert))
+
 
 class Linear(Matrix):
     """y = x W^T + b over packed tokens; W is looked up in `quant` by the module's disk name.
@@ -124,7 +141,8 @@ class Linear(Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [T, in] to [T, out] in the dtype of `x`."""
-        return linear(x, self.dense(x.dtype), self.bias)
+        y = self.product(x.dtype)(x, None)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Experts(nn.Module):
@@ -153,22 +171,16 @@ class Experts(nn.Module):
             self.add_module(matrix, stack)
 
     def apply_expert(self, dtype: torch.dtype) -> Callable[[int, Tensor], Tensor]:
-        """Return a function that runs expert e on rows [R, d]: down(relu(up(rows))^2).
-
-        Dense stacks are split once, so that a backward pass assembles each gradient once.
-        """
-        pick_up, pick_down = (
-            _picker(self.get_submodule(m), dtype) for m in ("up_proj", "down_proj")
-        )
+        """Return a function that runs expert e on rows [R, d]: down(relu(up(rows))^2)."""
+        up, down = (self.stack(name).product(dtype) for name in ("up_proj", "down_proj"))
 
         def apply(expert: int, rows: Tensor) -> Tensor:
-            return linear(F.relu(linear(rows, pick_up(expert))).square(), pick_down(expert))
+            return down(F.relu(up(rows, expert)).square(), expert)
 
         return apply
 
-
-def _picker(stack: nn.Module, dtype: torch.dtype) -> Callable[[int], Tensor]:
-    assert isinstance(stack, Matrix)
-    if stack.format is None and not stack.parts:
-        return stack.weight.unbind(0).__getitem__
-    return lambda expert: stack.dense(dtype, expert)
+    def stack(self, name: str) -> Matrix:
+        """Return the stack "up_proj" or "down_proj"."""
+        matrix = self.get_submodule(name)
+        assert isinstance(matrix, Matrix)
+        return matrix
