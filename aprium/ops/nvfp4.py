@@ -169,6 +169,55 @@ def round_to(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return codes | (x < 0).to(torch.uint8) << 3, torch.where(x < 0, -values, values)
 
 
+class Rounded(NamedTuple):
+    """A matrix or stack rounded for training, not yet packed."""
+
+    values: Tensor  # float32 [*lead, N, K/16, 16]: E2M1 numbers, to be multiplied by the scales
+    scale: Tensor  # float8_e4m3fn [*lead, N, K/16]
+    scale_2: Tensor  # float32 [*lead]
+
+    def dequantize(self) -> Tensor:
+        """Return the values, float32 [*lead, N, K], the same as from the packed codes."""
+        factor = fp8.to_float(self.scale).mul_(_align(self.scale_2, self.scale))
+        return (self.values * factor.unsqueeze(-1)).flatten(-2)
+
+
+def round_training(
+    x: Tensor,
+    *,
+    tile: int = 1,
+    amax: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    headroom: float = 1.0,
+) -> Rounded:
+    """Round `x` [*lead, N, K] as Transformer Engine's training recipe does, by reciprocals.
+
+    A block scale covers `tile` rows, a divisor of N, of 16 columns: with 16 the transpose has the
+    same scales. `amax` float32 [] or [*lead] sets the global scales, by default from each matrix.
+    With a `generator` values are rounded stochastically with 16 random bits, to either neighbour,
+    on average to themselves, but for what the scale of a block clips: `headroom` 17/16 makes the
+    scales so much larger that nothing is. Values that are not finite give NaN.
+    Source: arXiv 2509.25149; docs/numerics.md.
+    """
+    blocks = _blocks(x)
+    largest = blocks.abs().amax(-1)
+    if tile > 1:
+        largest = largest.unflatten(-2, (-1, tile)).amax(-2)
+    amax = (largest.flatten(-2).amax(-1) if amax is None else amax.float()) * headroom
+    encode_scale = torch.where(amax > 0, torch.tensor(2688.0) / amax, 1.0)
+    encode_scale = encode_scale.clamp(max=torch.finfo(torch.float32).max)
+    sixth = torch.tensor(1.0) / 6.0
+    scale = (largest * headroom) * _align(encode_scale * sixth, largest)
+    scale = scale.clamp(max=LARGEST).to(torch.float8_e4m3fn)
+    inverse = 1.0 / (fp8.to_float(scale) * (1.0 / _align(encode_scale, largest)))
+    inverse = inverse.clamp(max=torch.finfo(torch.float32).max)
+    if tile > 1:
+        inverse = inverse.repeat_interleave(tile, -2)
+        scale = scale.view(torch.uint8).repeat_interleave(tile, -2).view(torch.float8_e4m3fn)
+    scaled = (blocks * inverse.unsqueeze(-1)).clamp_(-6.0, 6.0)
+    return Rounded(_to_e2m1(scaled, generator), scale, global_scale(amax))
+
+
 def encode_training(
     x: Tensor,
     *,
@@ -176,28 +225,35 @@ def encode_training(
     amax: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Encoded:
-    """Encode `x` [N, K] as Transformer Engine's training recipe does: reciprocals, not quotients.
-
-    A block scale covers `tile` rows of 16 columns: with 16 the transpose has the same scales.
-    With a `generator` values are rounded stochastically, to either neighbour, on average to
-    themselves. Raises QuantizeError. Source: arXiv 2509.25149.
-    """
-    found = check(x, "tensor")
+    """Encode `x` [N, K] as `round_training` rounds it. Raises QuantizeError."""
+    check(x, "tensor")
     if x.dim() != 2 or x.shape[0] % tile:
         raise QuantizeError(f"tensor: {list(x.shape)} does not divide into tiles of {tile} rows")
-    amax = found if amax is None else amax.float().reshape(())
-    encode_scale = torch.where(amax > 0, torch.tensor(2688.0) / amax, 1.0)
-    encode_scale = encode_scale.clamp(max=torch.finfo(torch.float32).max)
-    blocks = _blocks(x)
-    largest = blocks.abs().amax(-1).unflatten(0, (-1, tile)).amax(1)
-    sixth = torch.tensor(1.0) / 6.0
-    scale = (largest * (encode_scale * sixth)).clamp(max=LARGEST).to(torch.float8_e4m3fn)
-    scale = scale.view(torch.uint8).repeat_interleave(tile, 0).view(torch.float8_e4m3fn)
-    inverse = 1.0 / (fp8.to_float(scale) * (1.0 / encode_scale))
-    inverse = inverse.clamp(max=torch.finfo(torch.float32).max).unsqueeze(-1)
-    scaled = (blocks * inverse).clamp(-6.0, 6.0)
-    codes = _round(scaled) if generator is None else _round_stochastic(scaled, generator)
-    return Encoded(_pack(codes.flatten(-2), x), scale, global_scale(amax))
+    rounded = round_training(x, tile=tile, amax=amax, generator=generator)
+    table = torch.tensor(_MAGNITUDES, device=x.device)
+    codes = torch.bucketize(rounded.values.abs(), table).to(torch.uint8)
+    return Encoded(_pack(codes.flatten(-2), x), rounded.scale, rounded.scale_2)
+
+
+def _to_e2m1(scaled: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Round float32 values within 6 to E2M1 numbers: to nearest even, or stochastically."""
+    # Steps are half the power of two below, and a half below 1: those of a float32 number whose
+    # last bit they are, so adding and taking away such a number rounds.
+    power = (scaled.abs().clamp_(min=1.0).view(torch.int32) & 0x7F800000).view(torch.float32)
+    if generator is not None:
+        # Offsets lie within half a step, never at it, so that E2M1 numbers stay as they are.
+        offset = _random_int16(scaled, generator).float().add_(0.5).mul_(2.0**-17)
+        scaled = scaled.addcmul(offset, power)
+    anchor = power.mul_(1.5 * 2.0**22)
+    return (scaled + anchor).sub_(anchor)
+
+
+def _random_int16(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return int16 numbers of the shape of `like`, each of all 65,536 as likely."""
+    count = like.numel()
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[:count].view(like.shape).to(like.device)
 
 
 def _round(scaled: Tensor) -> Tensor:
@@ -208,16 +264,6 @@ def _round(scaled: Tensor) -> Tensor:
         middle = (_MAGNITUDES[i] + _MAGNITUDES[i + 1]) / 2
         codes += magnitude >= middle if i % 2 else magnitude > middle
     return codes
-
-
-def _round_stochastic(scaled: Tensor, generator: torch.Generator) -> Tensor:
-    """Return codes without sign: up with the probability that the value lies above the lower."""
-    table = torch.tensor(_MAGNITUDES, device=scaled.device)
-    magnitude = scaled.abs()
-    lower = (torch.bucketize(magnitude, table, right=True) - 1).clamp_(0, 6)
-    share = (magnitude - table[lower]) / (table[lower + 1] - table[lower])
-    drawn = torch.rand(scaled.shape, generator=generator).to(scaled.device)
-    return (lower + (drawn < share)).to(torch.uint8)
 
 
 def _pack(codes: Tensor, x: Tensor) -> Tensor:
