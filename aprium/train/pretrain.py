@@ -26,9 +26,11 @@ from aprium.model.model import HybridModel
 from aprium.model.presets import preset
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
+from aprium.train import precision
 from aprium.train.losses import LossConfig
 from aprium.train.monitor import StabilityConfig
 from aprium.train.optim import OptimConfig
+from aprium.train.precision import PrecisionConfig
 from aprium.train.trainer import Trainer, TrainerConfig
 
 log = get_logger("train")
@@ -61,6 +63,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
     def __post_init__(self) -> None:
         """Check that a step can hold the longest sample."""
@@ -88,6 +91,9 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     (config.output / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
     count = sum(parameter.numel() for parameter in model.parameters())
     log.info("training %s parameters; everything is written to %s", f"{count:,}", config.output)
+    rounding = precision.attach(model, config.precision)
+    if rounding is not None:
+        log.info("%d matrices are trained in NVFP4, emulated", len(rounding.names))
     trainer = Trainer(
         model,
         Loader(config.data, text, tokens_per_batch=config.tokens_per_step),
@@ -98,6 +104,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
         config=config.trainer,
         stability=config.stability,
         recipe=resolved,
+        before_step=rounding.begin if rounding is not None else None,
     )
     if not trainer.run():
         log.info("stopped at step %d: the same command continues", trainer.progress.step)

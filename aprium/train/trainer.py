@@ -9,7 +9,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -114,6 +114,7 @@ class Trainer:
 
     `teacher` is what the model is held to where `loss.kl_weight` is not 0; it is never changed.
     `recipe` is shown on the page.
+    `before_step` is told the number of each step before it is computed.
     """
 
     def __init__(
@@ -129,10 +130,12 @@ class Trainer:
         teacher: HybridModel | None = None,
         stability: StabilityConfig | None = None,
         recipe: str = "",
+        before_step: Callable[[int], None] | None = None,
     ) -> None:
         if loss.kl_weight and teacher is None:
             raise ConfigError("loss.kl_weight asks for a teacher and there is none: set it to 0")
         self.teacher = teacher
+        self.before_step = before_step
         self.model, self.source, self.heldout = model, source, list(heldout)
         self.output, self.optim, self.loss, self.config = output, optim, loss, config
         self.optimisers = build_optimisers(model, optim)
@@ -231,6 +234,8 @@ class Trainer:
         """
         begin = time.perf_counter()
         progress, config = self.progress, self.config
+        if self.before_step is not None:
+            self.before_step(progress.step)
         factor = schedule_factor(progress.step, config.steps, self.optim, progress.decay_from)
         set_learning_rates(self.optimisers, factor)
         parts = [collate(part) for part in _parts(samples, config.micro_tokens)]

@@ -86,6 +86,19 @@ def test_stopped_run_exports_nothing_and_continues(
         assert torch.equal(tensor, _load(straight / "step-000003")[name]), name
 
 
+def test_precision_is_a_table_of_the_recipe_and_may_change_in_the_middle(recipe: Path) -> None:
+    run(recipe, {"precision.recipe": "nvfp4"})
+    plain = recipe.parent / "plain"
+    run(recipe, {"output": str(plain)})
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    rounded = _weights(recipe, "step-000002")[name]
+    assert not torch.equal(rounded, _load(plain / "step-000002")[name])
+    run(recipe, {"trainer.steps": 3, "precision.recipe": "bf16"})
+    resolved = json.loads((recipe.parent / "out" / "recipe.json").read_text())
+    assert resolved["precision"]["recipe"] == "bf16"
+    assert not torch.equal(_weights(recipe, "step-000003")[name], rounded)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -94,6 +107,8 @@ def test_stopped_run_exports_nothing_and_continues(
         ({"preset": "huge"}, "unknown preset 'huge'"),
         ({"model.vocab_size": 20}, "model.vocab_size is 20"),
         ({"tokens_per_step": 63}, "tokens_per_step is 63"),
+        ({"precision.recipe": "fp4"}, "precision.recipe is 'fp4'"),
+        ({"precision.kernels": "transformer_engine"}, "use 'emulated'"),
     ],
 )
 def test_bad_recipes_name_the_value(recipe: Path, overrides: dict[str, Any], message: str) -> None:
