@@ -511,6 +511,27 @@ def convert(source: str, target: Path, to: Any) -> None:
     click.echo(f"{target}: {size / 1e6:,.1f} MB")
 
 
+@cli.command(name="lora-merge")
+@click.argument("base")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--requantize", is_flag=True, help="Keep the formats of a quantised base.")
+@click.option("--rule", default="max", help="Block scales: max, four_over_six or sweep.")
+def lora_merge(base: str, adapter: Path, target: Path, requantize: bool, rule: Any) -> None:
+    """Add a LoRA adapter to its base model, as a checkpoint that every command opens.
+
+    BASE is a directory, a hub id or pico; ADAPTER a directory as PEFT writes it. A quantised base
+    becomes BF16. With --requantize its formats stay: the matrices that the adapter changes are
+    encoded anew, and everything else is copied byte for byte.
+    """
+    configure_logging()
+    from aprium.checkpoint.hub import resolve
+    from aprium.quantize.merge import merge
+
+    size = merge(resolve(base), adapter, target, requantize=requantize, rule=rule)
+    click.echo(f"{target}: {size / 1e6:,.1f} MB")
+
+
 def _model_and_prompt(words: tuple[str, ...]) -> tuple[str, str | None]:
     """Tell model from prompt: two words are both, one is whichever it can be."""
     from aprium.checkpoint.hub import HUB_ID

@@ -75,7 +75,7 @@ def save_checkpoint(
 
 def _write_checkpoint(source: Checkpoint, directory: Path, max_shard_bytes: int) -> None:
     if source.path is not None:
-        _copy_texts(source.path, directory)
+        copy_texts(source.path, directory)
     if source.entries:
         _write_tensors(source.model, source.naming, source.entries, directory, max_shard_bytes)
     else:  # random weights: no file says how they were stored
@@ -129,7 +129,7 @@ def _write_tensors(
 
 def write_texts(source: Path, directory: Path, quant: QuantConfig, config: ModelConfig) -> None:
     """Copy the texts of checkpoint `source`, with `quant` declared in place of its own formats."""
-    _copy_texts(source, directory)
+    copy_texts(source, directory)
     (directory / QUANT_FILE).unlink(missing_ok=True)
     data = read_hf_config(source)
     data.pop("quantization_config", None)
@@ -144,7 +144,8 @@ def _write_json(file: Path, data: dict[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_texts(source: Path, directory: Path) -> None:
+def copy_texts(source: Path, directory: Path) -> None:
+    """Copy the JSON, template and text files of checkpoint `source` as they are."""
     for file in source.iterdir():
         if file.suffix in _COPIED_SUFFIXES and file.name != INDEX_NAME and file.is_file():
             shutil.copyfile(file, directory / file.name)

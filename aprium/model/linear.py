@@ -38,7 +38,7 @@ class Matrix(nn.Module):
         self, shape: tuple[int, ...], fmt: str | None, layout: str, dtype: torch.dtype, name: str
     ) -> None:
         super().__init__()
-        self.format, self.layout = fmt, layout
+        self.shape, self.format, self.layout = shape, fmt, layout
         self.parts: dict[str, list[Tensor]] = {}
         self.transposed = False
         self.substitute: Callable[[torch.dtype], Product] | None = None

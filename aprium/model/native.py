@@ -271,7 +271,12 @@ def _library() -> Any:
 
 
 def bindable(model: Any) -> bool:
-    """Whether `model` can run on the kernels: on a CPU, weights in float32, float16 or below."""
+    """Whether `model` can run on the kernels: on a CPU, weights in float32, float16 or below.
+
+    Products that something else stands in the place of, as with adapters, run in PyTorch.
+    """
+    if any(getattr(module, "substitute", None) is not None for module in model.modules()):
+        return False
     return all(p.device.type == "cpu" and p.dtype != torch.float64 for p in model.parameters())
 
 

@@ -94,7 +94,7 @@ class _Tensors:
         module, _, leaf = name.rpartition(".")
         fmt = self._plan.quant.formats.get(module)
         if self._to == "bf16" and fmt is not None and leaf == "weight":
-            return self._decoded(module, fmt).bfloat16()
+            return decode(self._plan, module, self._read).bfloat16()
         if fmt in NVFP4_FORMATS and leaf in self._made:
             value = self._read(f"{module}.{self._made[leaf]}")
             changes = self._to != self._plan.quant.layout and value.dtype == torch.float32
@@ -106,19 +106,15 @@ class _Tensors:
         assert DTYPE_NAMES[value.dtype] == dtype
         return value.reshape(shape)
 
-    def _decoded(self, module: str, fmt: str) -> Tensor:
-        if fmt == "fp8":
-            return fp8.dequantize(
-                *(self._read(f"{module}.{n}") for n in ("weight", "weight_scale"))
-            )
-        layout = self._plan.quant.layout
-        packed, scale_2, _ = NVFP4_TENSORS[layout]
-        decode: Callable[..., Tensor] = nvfp4.dequantize
-        if layout == "compressed-tensors":
-            decode = nvfp4.dequantize_divided
-        return decode(
-            *(self._read(f"{module}.{leaf}") for leaf in (packed, "weight_scale", scale_2))
-        )
-
     def _read(self, name: str) -> Tensor:
         return self._files.tensor(self._plan.tensors[name])
+
+
+def decode(plan: Plan, module: str, read: Callable[[str], Tensor]) -> Tensor:
+    """Return the values of a quantised `module`, float32; `read` gives tensors by name."""
+    if plan.quant.formats[module] == "fp8":
+        return fp8.dequantize(*(read(f"{module}.{n}") for n in ("weight", "weight_scale")))
+    packed, scale_2, _ = NVFP4_TENSORS[plan.quant.layout]
+    modelopt = plan.quant.layout == "modelopt"
+    decoder = nvfp4.dequantize if modelopt else nvfp4.dequantize_divided
+    return decoder(*(read(f"{module}.{leaf}") for leaf in (packed, "weight_scale", scale_2)))

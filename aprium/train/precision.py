@@ -105,6 +105,12 @@ class Precision:
                     f"{name} is stored as {matrix.format}: training in NVFP4 needs weights in BF16 "
                     "or float32; make them with `aprium convert --to bf16`"
                 )
+            if matrix.substitute is not None:
+                raise ConfigError(
+                    f"{name} has another product in its place already: detach an adapter before "
+                    "training in NVFP4"
+                )
+        for name, matrix in chosen.items():
             matrix.substitute = functools.partial(self._product, name, matrix)
         self.names = tuple(chosen)
         self._matrices = tuple(chosen.values())
