@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
     ("name", "shows"),
     [
         ("chat", "answer:"),
+        ("lora", "after: Blue plums"),
         ("plan", "cheapest"),
         ("quantise", "perplexity"),
         ("serve", "\n"),
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_example(name: str, shows: str, tmp_path: Path) -> None:
-    arguments = [str(tmp_path)] if name in ("train", "quantise") else []
+    arguments = [str(tmp_path)] if name in ("train", "quantise", "lora") else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments],
