@@ -259,6 +259,7 @@ def rotate(x: Tensor) -> Tensor:
     return (blocks @ hadamard(x.device)).flatten(-2).to(x.dtype)
 
 
+@functools.cache
 def hadamard(device: torch.device) -> Tensor:
     """Return the orthogonal matrix diag(signs) H / 4, float32 [16, 16]."""
     matrix = torch.ones((1, 1), device=device)
