@@ -132,8 +132,11 @@ def test_quantised_base_becomes_bf16(quantised, tmp_path):
 def test_fused_matrices_go_on_sharing_their_scale(quantised, tmp_path):
     formats = load_checkpoint(quantised).quant.formats
     queries = [n for n in formats if n.endswith("q_proj")]
-    if not queries:
-        pytest.skip("this recipe leaves attention as it is")
+    if not queries:  # this recipe leaves attention as it is
+        adapted(quantised, tmp_path / "adapter", ("q_proj",), 1.0)
+        with pytest.raises(QuantizeError, match="leave out --requantize"):
+            merge(quantised, tmp_path / "adapter", tmp_path / "out", requantize=True)
+        return
     for size, alone in ((1e-3, True), (1.0, False)):
         adapted(quantised, tmp_path / "adapter", ("q_proj",), size)
         merge(quantised, tmp_path / "adapter", tmp_path / "out", requantize=True)
