@@ -90,7 +90,7 @@ class Bench:
         data = dataclasses.replace(config.data, sources=sources, heldout_samples=96)
         text = Text(Tokenizer.load(PICO_DIR), ChatTemplate.load(PICO_DIR), families)
         mixture = Mixture(data, text)
-        self.calibration = [list(mixture.next_sample().tokens) for _ in range(256)]
+        self.calibration = [list(mixture.draw()[1].tokens) for _ in range(256)]
         self.heldout = heldout_samples(data, text)
         self.teacher = load_checkpoint(PICO_DIR).model
         words = (corpus / "words.txt").read_text().split()

@@ -22,7 +22,7 @@ from aprium import LLM, Completion, SamplingParams
 from aprium.base.config import load_toml
 from aprium.checkpoint.info import model_info
 from aprium.checkpoint.load import load_checkpoint
-from aprium.data.sources import read_jsonl
+from aprium.data.rows import read_all
 from aprium.envs.families import draw
 from aprium.envs.task import Task, verify
 from aprium.model.layout import Layout
@@ -95,9 +95,9 @@ def bits_per_byte(llm: LLM, corpus: Path, limit: int = 150) -> float:
     Documents with a definition that also occurs in a conversation are left out.
     """
     assert llm.tokenizer is not None
-    rows = read_jsonl(corpus / "chat.jsonl")
+    rows = read_all(corpus / "chat.jsonl")
     answers = {row["messages"][-1]["content"].lower() for row in rows}
-    documents = [row["text"][:1500] for row in read_jsonl(corpus / "text_heldout.jsonl")]
+    documents = [row["text"][:1500] for row in read_all(corpus / "text_heldout.jsonl")]
     lines = [[line.split(": ")[-1].lower() for line in text.splitlines()] for text in documents]
     fresh = [t for t, part in zip(documents, lines, strict=True) if not answers & set(part)]
     nats = num_bytes = 0.0

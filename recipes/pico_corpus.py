@@ -21,7 +21,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from aprium.base.records import Message
-from aprium.data.sources import read_jsonl
+from aprium.data.rows import read_all
 from aprium.envs.families import FAMILIES, draw
 from aprium.text.chat import ChatTemplate
 
@@ -117,7 +117,7 @@ def _prose(text: str) -> Iterator[str]:
 
 def conversations(defined: list[tuple[str, str, int]]) -> Iterator[list[dict[str, str]]]:
     """Yield small conversations: who pico is, greetings, and what common words mean."""
-    for row in read_jsonl(HERE / "pico" / "faq.jsonl"):
+    for row in read_all(HERE / "pico" / "faq.jsonl"):
         for question in row["questions"] * FAQ_REPEATS:
             yield [
                 {"role": "user", "content": question},

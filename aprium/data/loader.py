@@ -1,7 +1,9 @@
 """Packed batches from a mixture: what the trainer draws from, resumable to the sample."""
 
+import math
 from typing import Any
 
+from aprium.base.errors import DataError
 from aprium.base.records import Sample
 from aprium.data.pack import Packer
 from aprium.data.sources import DataConfig, Mixture, Text
@@ -12,20 +14,55 @@ class Loader:
 
     def __init__(self, config: DataConfig, text: Text, *, tokens_per_batch: int) -> None:
         self._mixture = Mixture(config, text)
-        self._packer = Packer(tokens_per_batch)
+        self._packer = Packer(
+            tokens_per_batch, config.open_packs, config.shuffled_packs, config.seed
+        )
 
     def next_batch(self) -> list[Sample]:
         """Return the samples of the next batch."""
         while True:
-            batch = self._packer.add(self._mixture.next_sample())
+            address, sample = self._mixture.draw()
+            batch = self._packer.add(sample, address)
             if batch is not None:
                 return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain values."""
-        return {"mixture": self._mixture.state_dict(), "open": self._packer.state_dict()}
+        return {"mixture": self._mixture.state_dict(), "packs": self._packer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position that `state_dict` returned."""
         self._mixture.load_state_dict(state["mixture"])
-        self._packer.load_state_dict(state["open"])
+        self._packer.load_state_dict(state["packs"], self._mixture.fetch)
+
+
+class Alternation:
+    """Batches of one loader or another, never of both: `share` of them come from `rare`.
+
+    They are spread evenly: after n batches, the floor of n times `share` were of `rare`.
+    """
+
+    def __init__(self, common: Loader, rare: Loader, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise DataError(f"the share of batches is {share}: it must be in 0..1")
+        self._common, self._rare, self._share, self._count = common, rare, share, 0
+
+    def next_batch(self) -> list[Sample]:
+        """Return the samples of the next batch."""
+        self._count += 1
+        # Rounded, since 0.08 times 25 is a little under 2.
+        before, after = (
+            math.floor(round(n * self._share, 6)) for n in (self._count - 1, self._count)
+        )
+        return (self._rare if after > before else self._common).next_batch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as plain values."""
+        states = {"common": self._common.state_dict(), "rare": self._rare.state_dict()}
+        return {"count": self._count, **states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `state_dict` returned."""
+        self._count = state["count"]
+        self._common.load_state_dict(state["common"])
+        self._rare.load_state_dict(state["rare"])

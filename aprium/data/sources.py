@@ -1,65 +1,118 @@
 """Where samples come from: text, conversations, generated tasks, and their mixture.
 
-Every source is an endless deterministic sequence of samples, addressed by number, so that a
-position is one integer and resuming is exact. Text documents longer than `max_length` are cut
-into consecutive samples, each token predicted once. In conversations the last turn, which is
-the assistant's, is weighted. The mixture takes from the source furthest behind its share of tokens.
-Task families are handed in, because this package does not know where tasks are made.
+Every source is an endless deterministic sequence of rows, addressed by number, each of which gives
+one or more samples; so a position is a few integers, resuming is exact, and no more is in memory
+than what is being read. Text documents longer than `max_length` are cut into consecutive samples,
+each token predicted once, and a few of them are read side by side, so that a step is not all of one
+document. The mixture takes from the source furthest behind its share of tokens. Task families are
+handed in, because this package does not know where tasks are made.
 """
 
 import json
 import random
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from aprium.base.errors import DataError
+from aprium.base.errors import ApriumError, DataError
+from aprium.base.log import get_logger
 from aprium.base.records import Message, Sample
+from aprium.data.conversation import Learn, Style, conversation
+from aprium.data.pack import NUM_OPEN
+from aprium.data.rows import Order, Row, Rows
 from aprium.text.chat import ChatTemplate
 from aprium.text.messages import read_message
 from aprium.text.tokenizer import Tokenizer
 
+log = get_logger("data")
 # Some families ask about several different words at once.
 _MIN_WORDS = 10
+_SIDE_BY_SIDE = 8  # documents of several samples that are read in turns
+_TASK_THINKING = 0.7
+_FIELDS = {"text": "text", "chat": "messages"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One source.
 
-    kind "text": JSONL with `text`; "chat": JSONL with `messages` and optionally `tools`;
-    "tasks": families of generated tasks (all when `families` is empty), words from the file
-    `words`, one a line. `weight` is the share of tokens. `heldout` is the JSONL to evaluate on;
-    tasks hold items out by themselves. `thinking` is the share of task conversations that show
-    the worked solution.
+    kind "text": JSONL or Parquet with `text`; "chat": with `messages` in the OpenAI form and
+    optionally `tools`; "tasks": families of generated tasks (all when `families` is empty), words
+    from the file `words`, one a line. `path` is a file, a glob pattern or a list of them, `field`
+    another name of the column. `weight` is the share of tokens. `heldout` is what to evaluate on,
+    files as `path`; tasks hold items out by themselves. Of conversations `learn` weighs the
+    assistant's turns, "all" or the "last"; `thinking` is the share with the thinking switch on
+    (None: where there is reasoning; tasks 0.7), and `cut` the share whose last reasoning is ended
+    early, at a random place, as a budget does. A conversation longer than `max_length` is an
+    "error", or "skip" leaves it out.
     """
 
     kind: Literal["text", "chat", "tasks"]
     name: str
     weight: float = 1.0
-    path: Path | None = None
-    heldout: Path | None = None
+    path: Path | tuple[Path, ...] | None = None
+    heldout: Path | tuple[Path, ...] | None = None
+    field: str | None = None
     words: Path | None = None
     families: tuple[str, ...] = ()
-    thinking: float = 0.7
+    learn: Learn = "all"
+    thinking: float | None = None
+    cut: float = 0.0
+    too_long: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
-        """Check that the source has what its kind needs."""
+        """Check that the source has what its kind needs, and nothing it would not use."""
         needed = "words" if self.kind == "tasks" else "path"
-        if getattr(self, needed) is None:
+        if not getattr(self, needed):
             raise DataError(f"source {self.name!r} of kind {self.kind!r} needs {needed}")
+        for name in _UNUSED[self.kind]:
+            if getattr(self, name) != getattr(type(self), name):
+                raise DataError(
+                    f"source {self.name!r}: {name} means nothing for kind {self.kind!r}: leave it "
+                    "out"
+                )
+        for name in ("thinking", "cut"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise DataError(f"source {self.name!r}: {name} is {value}: it must be in 0..1")
+        if self.weight < 0:
+            raise DataError(f"source {self.name!r}: weight is {self.weight}: it is a share")
+
+
+_UNUSED = {
+    "text": ("words", "families", "learn", "thinking", "cut", "too_long"),
+    "chat": ("words", "families"),
+    "tasks": ("path", "heldout", "field", "learn", "cut", "too_long"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The mixture. `heldout_samples` are taken from each source for evaluation."""
+    """The mixture. `heldout_samples` are taken from each source for evaluation.
+
+    `open_packs` are filled at a time, and `shuffled_packs` wait to be given out in random order.
+    """
 
     sources: tuple[SourceConfig, ...]
     max_length: int = 512
     heldout_samples: int = 200
     seed: int = 0
+    open_packs: int = NUM_OPEN
+    shuffled_packs: int = 8
+
+    def __post_init__(self) -> None:
+        """Check names, shares and ranges."""
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise DataError(f"sources are named {', '.join(names)}: give each a name of its own")
+        if not any(source.weight for source in self.sources):
+            raise DataError("no source has a weight: give at least one a share of tokens")
+        for name, least in (("max_length", 2), ("open_packs", 1), ("shuffled_packs", 0)):
+            if getattr(self, name) < least:
+                value = getattr(self, name)
+                raise DataError(f"data.{name} is {value}: it must be at least {least}")
 
 
 class Drawn(Protocol):
@@ -100,73 +153,83 @@ class Text:
 
 
 class Source(Protocol):
-    """An endless sequence of samples by number."""
+    """An endless sequence of rows by number; `size` rows are one time through, None without end."""
 
-    def sample(self, number: int) -> Sample:
-        """Return sample `number`, always the same one."""
+    size: int | None
+
+    def read(self, number: int) -> Sequence[Sample]:
+        """Return the samples of row `number`, always the same; none for a row left out."""
         ...
 
 
 class TextSource:
-    """Documents of a JSONL file, shuffled anew each time through."""
+    """Documents of files, shuffled anew each time through, cut where they are too long."""
 
-    def __init__(self, name: str, path: Path, text: Text, max_length: int, seed: int) -> None:
-        self._name, self._seed = name, seed
-        end = text.tokenizer.id_of("</s>")
-        self._pieces: list[array[int]] = []
-        for row in read_jsonl(path):
-            tokens = text.tokenizer.encode(_field(row, "text", path))
-            tokens = [*tokens, end] if end is not None else tokens
-            # Consecutive pieces share one token: it ends the first and only conditions the next.
-            for begin in range(0, max(1, len(tokens) - 1), max_length - 1):
-                self._pieces.append(array("I", tokens[begin : begin + max_length]))
-        if not self._pieces:
-            raise DataError(f"{path} has no documents")
-        self._order: tuple[int, list[int]] = (-1, [])
+    def __init__(self, config: SourceConfig, rows: Rows, text: Text, data: DataConfig) -> None:
+        self._config, self._rows, self._text = config, rows, text
+        self._max_length = data.max_length
+        self._order = Order(rows.blocks, f"{data.seed} {config.name}")
+        self._end = text.tokenizer.id_of("</s>")
+        self.size: int | None = len(rows)
 
-    def __len__(self) -> int:
-        """Samples in one time through."""
-        return len(self._pieces)
-
-    def sample(self, number: int) -> Sample:
-        """Return sample `number`."""
-        epoch, place = divmod(number, len(self._pieces))
-        if self._order[0] != epoch:
-            order = list(range(len(self._pieces)))
-            random.Random(f"{self._seed} {epoch}").shuffle(order)
-            self._order = (epoch, order)
-        tokens = tuple(self._pieces[self._order[1][place]])
-        weights = (0.0,) + (1.0,) * (len(tokens) - 1)
-        return Sample(tokens=tokens, ce_weight=weights, domain=self._name)
+    def read(self, number: int) -> Sequence[Sample]:
+        """Return the pieces of document `number`."""
+        row = self._rows[self._order.row(number)]
+        text = _field(row, self._config)
+        if not isinstance(text, str):
+            raise DataError(f"{row.where}: the text is {str(text)[:80]!r}, not a string")
+        tokens = self._text.tokenizer.encode(text)
+        tokens = [*tokens, self._end] if self._end is not None else tokens
+        samples = []
+        # Consecutive pieces share one token: it ends the first and only conditions the next.
+        for begin in range(0, max(1, len(tokens) - 1), self._max_length - 1):
+            piece = tuple(tokens[begin : begin + self._max_length])
+            if piece:
+                weights = (0.0,) + (1.0,) * (len(piece) - 1)
+                samples.append(Sample(tokens=piece, ce_weight=weights, domain=self._config.name))
+        return samples
 
 
 class ChatSource:
-    """Conversations of a JSONL file in order, again and again, thinking on and off in turn."""
+    """Conversations of files, shuffled anew each time through."""
 
-    def __init__(self, name: str, path: Path, text: Text, max_length: int) -> None:
-        self._samples = []
-        for row in read_jsonl(path):
-            messages = [read_message(m) for m in _field(row, "messages", path)]
-            thinking = bool(messages[-1].reasoning) or len(self._samples) % 2 == 0
-            sample = conversation(
-                messages, text, name, tools=row.get("tools", ()), thinking=thinking
+    def __init__(self, config: SourceConfig, rows: Rows, text: Text, data: DataConfig) -> None:
+        self._config, self._rows, self._text, self._data = config, rows, text, data
+        self._order = Order(rows.blocks, f"{data.seed} {config.name}")
+        self.size: int | None = len(rows)
+        self._warned = False
+
+    def read(self, number: int) -> Sequence[Sample]:
+        """Return the samples of conversation `number`, none if it is too long and skipped."""
+        row, config = self._rows[self._order.row(number)], self._config
+        rng = random.Random(f"{self._data.seed} {config.name} style {number}")
+        thinking = None if config.thinking is None else rng.random() < config.thinking
+        cut = rng.random() if rng.random() < config.cut else None
+        style = Style(learn=config.learn, thinking=thinking, cut=cut)
+        text = self._text
+        try:
+            messages, tools, skip = read_conversation(_field(row, config), row.data.get("tools"))
+            samples = conversation(
+                messages,
+                text.tokenizer,
+                text.template,
+                config.name,
+                tools=tools,
+                style=style,
+                skip=skip,
             )
-            if len(sample.tokens) > max_length:
-                raise DataError(
-                    f"{path}: a conversation of {len(sample.tokens)} tokens is over max_length "
-                    f"{max_length}"
-                )
-            self._samples.append(sample)
-        if not self._samples:
-            raise DataError(f"{path} has no conversations")
-
-    def __len__(self) -> int:
-        """Samples in one time through."""
-        return len(self._samples)
-
-    def sample(self, number: int) -> Sample:
-        """Return sample `number`."""
-        return self._samples[number % len(self._samples)]
+        except ApriumError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        longest = max((len(sample.tokens) for sample in samples), default=0)
+        if longest <= self._data.max_length:
+            return samples
+        message = f"a conversation of {longest} tokens is over max_length {self._data.max_length}"
+        if config.too_long == "error":
+            raise DataError(f"{row.where}: {message}: raise it, or set too_long = 'skip'")
+        if not self._warned:
+            self._warned = True
+            log.warning("%s: %s: it is left out, as are others", row.where, message)
+        return ()
 
 
 class TaskSource:
@@ -184,14 +247,19 @@ class TaskSource:
             if family not in text.families.FAMILIES:
                 known = ", ".join(text.families.FAMILIES)
                 raise DataError(f"source {config.name!r}: no task family {family!r} in {known}")
-        self._words = config.words.read_text(encoding="utf-8").split()
+        try:
+            self._words = config.words.read_text(encoding="utf-8").split()
+        except OSError as error:
+            raise DataError(f"cannot read {config.words}: {error.strerror}") from error
         if len(self._words) < _MIN_WORDS:
             raise DataError(f"{config.words} has fewer than {_MIN_WORDS} words")
+        self.size: int | None = None
 
-    def sample(self, number: int) -> Sample:
-        """Return sample `number`."""
+    def read(self, number: int) -> Sequence[Sample]:
+        """Return the sample of task `number`, of which only the answer is learnt."""
         rng = random.Random(f"{self._seed} {number}")
-        thinking = rng.random() < self._config.thinking
+        share = self._config.thinking
+        thinking = rng.random() < (_TASK_THINKING if share is None else share)
         family = rng.choice(self._families)
         task = self._draw(family, rng, self._words, held_out=self._held_out)
         messages = list(task.messages(thinking=thinking))
@@ -199,117 +267,152 @@ class TaskSource:
             earlier = self._draw(rng.choice(self._families), rng, self._words, held_out=False)
             if not earlier.tools:
                 messages = [*earlier.messages(thinking=thinking), *messages]
-        domain = f"{self._config.name}/{family}"
-        return conversation(messages, self._text, domain, tools=task.tools, thinking=thinking)
+        return conversation(
+            messages,
+            self._text.tokenizer,
+            self._text.template,
+            f"{self._config.name}/{family}",
+            tools=task.tools,
+            style=Style(learn="last", thinking=thinking),
+        )
 
 
-def conversation(
-    messages: Sequence[Message],
-    text: Text,
-    domain: str,
-    *,
-    tools: Sequence[Mapping[str, Any]] = (),
-    thinking: bool = True,
-) -> Sample:
-    """Render and tokenise a conversation; weight its last turn, which must be the assistant's.
+def read_conversation(
+    messages: Any, tools: Any = None
+) -> tuple[list[Message], list[Mapping[str, Any]], set[int]]:
+    """Read a conversation and its tools in the OpenAI form, tools also as JSON text.
 
-    The turns before it are context, in the form in which serving shows them (reasoning of answered
-    turns left out). The prompt is what serving writes for the same switch, so a reply without
-    reasoning closes an open thinking tag at once. Raises DataError when the last turn is not the
-    assistant's or the template writes something else than prompt and reply.
+    Returns also the assistant's turns that have `weight` 0, which are shown and not learnt. Raises
+    DataError or RequestError for what is none.
     """
-    if not messages or messages[-1].role != "assistant":
-        raise DataError("a conversation must end with an assistant turn: there is nothing to learn")
-    open_think = text.template.render(messages[:-1], tools, enable_thinking=thinking)
-    closed = text.template.render(messages[:-1], tools, enable_thinking=False)
-    whole = text.template.render(messages, tools, add_generation_prompt=False)
-    if whole.startswith(open_think):
-        prompt, reply = open_think, whole[len(open_think) :]
-    elif whole.startswith(closed) and thinking:
-        prompt, reply = open_think, "</think>" + whole[len(closed) :]
-    else:
-        raise DataError("the chat template writes a reply that does not continue its own prompt")
-    before, after = text.tokenizer.encode(prompt), text.tokenizer.encode(reply)
-    weights = (0.0,) * len(before) + (1.0,) * len(after)
-    return Sample(tokens=(*before, *after), ce_weight=weights, domain=domain)
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise DataError("messages must be a list of objects with role and content")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise DataError(f"tools are not JSON: {error}") from error
+    if tools and (not isinstance(tools, list) or not all(isinstance(t, Mapping) for t in tools)):
+        raise DataError("tools must be a list of objects")
+    skip = {i for i, message in enumerate(messages) if message.get("weight") == 0}
+    return [read_message(message) for message in messages], list(tools or ()), skip
 
 
 class Mixture:
-    """All sources of a configuration as one resumable stream."""
+    """All sources of a configuration as one resumable stream of samples with addresses.
+
+    An address is (source, row, sample of the row).
+    """
 
     def __init__(self, config: DataConfig, text: Text) -> None:
         self._weights = [source.weight for source in config.sources]
         self._sources = [_open(source, config, text) for source in config.sources]
-        self._taken = [0] * len(self._sources)
+        self._names = [source.name for source in config.sources]
+        self._next = [0] * len(self._sources)
         self._tokens = [0] * len(self._sources)
+        # Of each source the rows of several samples that are begun: row, next sample.
+        self._begun: list[list[tuple[int, int]]] = [[] for _ in self._sources]
+        self._read = lru_cache(maxsize=_SIDE_BY_SIDE * (len(self._sources) + 1))(self._read_row)
 
-    def next_sample(self) -> Sample:
-        """Return the next sample, from the source furthest behind its share."""
+    def _read_row(self, which: int, row: int) -> Sequence[Sample]:
+        return self._sources[which].read(row)
+
+    def draw(self) -> tuple[tuple[int, int, int], Sample]:
+        """Return the next sample and its address, from the source furthest behind its share."""
         behind = [
             tokens / weight if weight > 0 else float("inf")
             for tokens, weight in zip(self._tokens, self._weights, strict=True)
         ]
         which = behind.index(min(behind))
-        sample = self._sources[which].sample(self._taken[which])
-        self._taken[which] += 1
+        row, part = self._next_place(which)
+        sample = self._read(which, row)[part]
         self._tokens[which] += len(sample.tokens)
-        return sample
+        return (which, row, part), sample
+
+    def _next_place(self, which: int) -> tuple[int, int]:
+        """Return row and part of a source's next sample: of a new row while few are begun."""
+        begun = self._begun[which]
+        if len(begun) >= _SIDE_BY_SIDE:
+            row, part = begun.pop(0)
+        else:
+            row, part, first = self._next[which], 0, self._next[which]
+            while not self._read(which, row):
+                row += 1
+                if row - first == self._sources[which].size:
+                    raise DataError(f"source {self._names[which]!r} has nothing to learn")
+            self._next[which] = row + 1
+        if part + 1 < len(self._read(which, row)):
+            begun.append((row, part + 1))
+        return row, part
+
+    def fetch(self, address: Sequence[int]) -> Sample:
+        """Return the sample that `draw` gave with `address`."""
+        which, row, part = address
+        return self._read(which, row)[part]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain values."""
-        return {"taken": list(self._taken), "tokens": list(self._tokens)}
+        return {
+            "sources": [[n, s.size] for n, s in zip(self._names, self._sources, strict=True)],
+            "next": list(self._next),
+            "tokens": list(self._tokens),
+            "begun": [[list(place) for place in begun] for begun in self._begun],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position that `state_dict` returned."""
-        if len(state["taken"]) != len(self._sources):
-            raise DataError("the run was started with another number of sources")
-        self._taken, self._tokens = list(state["taken"]), list(state["tokens"])
+        """Continue from a position that `state_dict` returned; raises DataError for other data."""
+        mine = self.state_dict()["sources"]
+        if state.get("sources") != mine:
+            raise DataError(
+                f"the run was started with the sources {state.get('sources')} (name, rows) and "
+                f"these are {mine}: restore its data, or begin anew in another output"
+            )
+        self._next, self._tokens = list(state["next"]), list(state["tokens"])
+        self._begun = [[(row, part) for row, part in begun] for begun in state["begun"]]
 
 
 def heldout_samples(config: DataConfig, text: Text) -> list[Sample]:
-    """Return the samples to evaluate on: the same number from each source that holds some out."""
+    """Return the samples to evaluate on: the same number from each source that holds some out.
+
+    Reasoning is not cut there.
+    """
     found: list[Sample] = []
     for source in config.sources:
+        opened: Source
         if source.kind == "tasks":
-            tasks = TaskSource(source, text, config.seed, held_out=True)
-            found += [tasks.sample(i) for i in range(config.heldout_samples)]
-        elif source.heldout is not None:
+            opened = TaskSource(source, text, config.seed, held_out=True)
+        elif source.heldout:
             opened = _open(source, config, text, source.heldout)
-            assert isinstance(opened, TextSource | ChatSource)
-            count = min(config.heldout_samples, len(opened))
-            found += [opened.sample(i) for i in range(count)]
+        else:
+            continue
+        mine: list[Sample] = []
+        row = 0
+        while len(mine) < config.heldout_samples and row != opened.size:
+            mine += opened.read(row)
+            row += 1
+        found += mine[: config.heldout_samples]
     return found
 
 
-def _open(source: SourceConfig, config: DataConfig, text: Text, path: Path | None = None) -> Source:
+def _open(
+    source: SourceConfig,
+    config: DataConfig,
+    text: Text,
+    heldout: Path | tuple[Path, ...] | None = None,
+) -> Source:
     if source.kind == "tasks":
         return TaskSource(source, text, config.seed, held_out=False)
-    path = path or source.path
-    assert path is not None
+    paths = heldout or source.path
+    assert paths
+    rows = Rows(paths if isinstance(paths, tuple) else (paths,))
     if source.kind == "text":
-        return TextSource(source.name, path, text, config.max_length, config.seed)
-    return ChatSource(source.name, path, text, config.max_length)
+        return TextSource(source, rows, text, config)
+    if heldout:
+        source = SourceConfig(**{**vars(source), "cut": 0.0})
+    return ChatSource(source, rows, text, config)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; raise DataError naming file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: not a JSON object")
-        rows.append(row)
-    return rows
-
-
-def _field(row: Mapping[str, Any], name: str, path: Path) -> Any:
-    if name not in row:
-        raise DataError(f"{path}: a line has no {name!r}")
-    return row[name]
+def _field(row: Row, config: SourceConfig) -> Any:
+    name = config.field or _FIELDS[config.kind]
+    if name not in row.data:
+        raise DataError(f"{row.where}: it has no {name!r}, but {', '.join(map(repr, row.data))}")
+    return row.data[name]

@@ -106,25 +106,30 @@ class _Source:
             Sample(tokens=tuple(s), ce_weight=(0.0,) + (1.0,) * (len(s) - 1), domain="calibration")
             for s in samples
         ]
-        self._packer = Packer(max(config.tokens_per_step, *(len(s) for s in samples)))
+        self._packer = Packer(max(config.tokens_per_step, *(len(s) for s in samples)), num_open=4)
         self._seed, self._number = config.seed, 0
 
     def next_batch(self) -> list[Sample]:
         while True:
-            epoch, place = divmod(self._number, len(self._samples))
-            order = list(range(len(self._samples)))
-            random.Random(f"{self._seed} {epoch}").shuffle(order)
+            address = (self._number,)
             self._number += 1
-            batch = self._packer.add(self._samples[order[place]])
+            batch = self._packer.add(self._read(address), address)
             if batch is not None:
                 return batch
 
+    def _read(self, address: tuple[int, ...]) -> Sample:
+        """Return sample `address[0]` of the endless sequence."""
+        epoch, place = divmod(address[0], len(self._samples))
+        order = list(range(len(self._samples)))
+        random.Random(f"{self._seed} {epoch}").shuffle(order)
+        return self._samples[order[place]]
+
     def state_dict(self) -> dict[str, Any]:
-        return {"number": self._number, "open": self._packer.state_dict()}
+        return {"number": self._number, "packs": self._packer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._number = state["number"]
-        self._packer.load_state_dict(state["open"])
+        self._packer.load_state_dict(state["packs"], self._read)
 
 
 def distil(

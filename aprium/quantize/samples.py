@@ -7,12 +7,13 @@ as real text and needs none. Source: arXiv 2410.17170 (self-calibration), 2406.0
 from collections.abc import Sequence
 from pathlib import Path
 
-from aprium.base.errors import DataError, TemplateError
+from aprium.base.errors import ApriumError, DataError, TemplateError
 from aprium.base.records import Message, SamplingParams
-from aprium.data.sources import Text, conversation, read_jsonl
+from aprium.data.conversation import Style, conversation
+from aprium.data.rows import Row, Rows
+from aprium.data.sources import Text, read_conversation
 from aprium.engine.client import LLM
 from aprium.text.chat import ChatTemplate
-from aprium.text.messages import read_message
 from aprium.text.tokenizer import Tokenizer
 
 _MARK = "\ue000"  # stands for what a user says
@@ -22,11 +23,12 @@ _BATCH = 32
 def read_samples(path: Path, model: Path, *, count: int, length: int) -> list[list[int]]:
     """Return up to `count` sequences of at most `length` tokens from `path`.
 
-    A JSONL file has a `text` or `messages` in every line; any other file is plain text, cut into
-    pieces of `length`. `model` is the directory of tokenizer and template. Raises DataError.
+    A JSONL or Parquet file has a `text` or `messages` in every row; any other file is plain text,
+    cut into pieces of `length`. `model` is the directory of tokenizer and template. Raises
+    DataError.
     """
     tokenizer = Tokenizer.load(model)
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".jsonl", ".parquet"):
         try:
             tokens = tokenizer.encode(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -34,22 +36,30 @@ def read_samples(path: Path, model: Path, *, count: int, length: int) -> list[li
         found = [tokens[i : i + length] for i in range(0, len(tokens), length)]
     else:
         text = Text(tokenizer, ChatTemplate.load(model))
-        found = [_read_row(row, path, text)[:length] for row in read_jsonl(path)[:count]]
+        rows = Rows([path])
+        found = [_read_row(rows[i], text)[:length] for i in range(min(count, len(rows)))]
     found = [tokens for tokens in found if len(tokens) > 1][:count]
     if not found:
         raise DataError(f"{path} holds no text to calibrate on")
     return found
 
 
-def _read_row(row: dict, path: Path, text: Text) -> list[int]:
-    if "messages" in row:
-        messages = [read_message(message) for message in row["messages"]]
-        return list(conversation(messages, text, "", tools=row.get("tools", ())).tokens)
-    if "text" not in row:
-        raise DataError(f"{path}: a line has neither 'text' nor 'messages'")
-    if not isinstance(row["text"], str):
-        raise DataError(f"{path}: a line's 'text' is {row['text']!r}, not a string")
-    return text.tokenizer.encode(row["text"])
+def _read_row(row: Row, text: Text) -> list[int]:
+    if "messages" in row.data:
+        try:
+            messages, tools, _ = read_conversation(row.data["messages"], row.data.get("tools"))
+            style = Style(learn="last")
+            (sample,) = conversation(
+                messages, text.tokenizer, text.template, "", tools=tools, style=style
+            )
+        except ApriumError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        return list(sample.tokens)
+    if "text" not in row.data:
+        raise DataError(f"{row.where}: it has neither 'text' nor 'messages'")
+    if not isinstance(row.data["text"], str):
+        raise DataError(f"{row.where}: 'text' is {row.data['text']!r}, not a string")
+    return text.tokenizer.encode(row.data["text"])
 
 
 def write_samples(model: Path, *, count: int, length: int, seed: int = 0) -> list[list[int]]:

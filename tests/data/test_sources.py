@@ -1,21 +1,27 @@
 """Sources: masks, cutting of documents, determinism, resuming, the mixture's shares."""
 
 import dataclasses
+import itertools
 import json
+import random
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from aprium.base.config import from_dict
 from aprium.base.errors import ConfigError, DataError
-from aprium.base.records import Message
-from aprium.data.loader import Loader
+from aprium.data.loader import Alternation, Loader
+from aprium.data.rows import Rows
 from aprium.data.sources import (
+    ChatSource,
     DataConfig,
+    Mixture,
     SourceConfig,
     Text,
     TextSource,
-    conversation,
     heldout_samples,
 )
 from aprium.envs import families
@@ -37,8 +43,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
 def config(tmp_path: Path) -> DataConfig:
     rows = [{"text": f"document {i} " + "word " * (i % 40)} for i in range(30)]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
+    chats = [
+        [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "hello"}]
+        for i in range(20)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": c}) for c in chats))
     (tmp_path / "words.txt").write_text(" ".join(f"word{c}" for c in "abcdefghijkl"))
     data = {
         "max_length": 400,
@@ -64,48 +73,112 @@ def config(tmp_path: Path) -> DataConfig:
     return from_dict(DataConfig, data)
 
 
-def learnt(sample, text: Text) -> tuple[str, str]:
-    """Return the text before the weighted tokens and the weighted text."""
-    split = sample.ce_weight.index(1.0)
-    assert set(sample.ce_weight[split:]) == {1.0}
-    tokenizer, tokens = text.tokenizer, list(sample.tokens)
-    return tuple(
-        tokenizer.decode(part, skip_special_tokens=False)
-        for part in (tokens[:split], tokens[split:])
-    )
-
-
-def test_masks_and_thinking_forms(text: Text) -> None:
-    user = Message(role="user", content="2+2?")
-    worked = Message(role="assistant", content="4", reasoning="2+2=4")
-    plain = Message(role="assistant", content="4")
-    start = (
-        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    cases = (
-        (worked, True, "<think>\n", "2+2=4</think>4<|im_end|>\n"),
-        (plain, True, "<think>\n", "</think>4<|im_end|>\n"),
-        (plain, False, "<think></think>", "4<|im_end|>\n"),
-    )
-    for reply, thinking, tail, target in cases:
-        sample = conversation([user, reply], text, "d", thinking=thinking)
-        assert learnt(sample, text) == (start + tail, target)
-    # Only the last turn is learnt, and the one before has lost its reasoning.
-    sample = conversation([user, worked, user, worked], text, "d")
-    before, target = learnt(sample, text)
-    assert "<think></think>4<|im_end|>" in before and target == "2+2=4</think>4<|im_end|>\n"
-    with pytest.raises(DataError, match="must end with an assistant turn"):
-        conversation([user], text, "d")
-
-
 def test_long_documents_are_cut_and_every_token_predicted_once(text: Text, tmp_path: Path) -> None:
     document = "the quick brown fox " * 30
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": document}))
-    source = TextSource("t", tmp_path / "t.jsonl", text, max_length=16, seed=0)
+    config = SourceConfig(kind="text", name="t", path=tmp_path / "t.jsonl")
+    data = DataConfig(sources=(config,), max_length=16)
+    pieces = TextSource(config, Rows([tmp_path / "t.jsonl"]), text, data).read(0)
     expected = [*text.tokenizer.encode(document), 2]
-    pieces = sorted((source.sample(i) for i in range(len(source))), key=lambda s: s.tokens)
     assert all(len(s.tokens) <= 16 for s in pieces)
     assert sum(sum(s.ce_weight) for s in pieces) == len(expected) - 1
+    joined = [pieces[0].tokens[0], *(t for s in pieces for t in s.tokens[1:])]
+    assert joined == expected
+
+
+def test_long_documents_are_read_side_by_side(text: Text, tmp_path: Path) -> None:
+    rows = [{"text": f"{i} " * 40} for i in range(6)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = SourceConfig(kind="text", name="t", path=tmp_path / "t.jsonl")
+    mixture = Mixture(DataConfig(sources=(config,), max_length=16), text)
+    places = [mixture.draw()[0] for _ in range(60)]
+    assert len(set(places)) == 60
+    assert len({row for _, row, _ in places[:6]}) == 6
+    parts: dict[int, list[int]] = {}
+    for _, row, part in places:
+        parts.setdefault(row, []).append(part)
+    assert all(found == list(range(len(found))) for found in parts.values())
+
+
+CHAT = [
+    {"role": "user", "content": "2?"},
+    {"role": "assistant", "content": "4", "reasoning_content": "quick brown fox"},
+    {"role": "user", "content": "3?"},
+    {"role": "assistant", "content": "5", "reasoning_content": None},
+]
+
+
+def chat_source(folder: Path, text: Text, name: str = "c.jsonl", **options: Any) -> ChatSource:
+    config = SourceConfig(kind="chat", name="c", path=folder / name, **options)
+    data = DataConfig(sources=(config,), max_length=400)
+    return ChatSource(config, Rows([folder / name]), text, data)
+
+
+def test_chat_of_both_formats_is_the_same(text: Text, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"properties": {}}}}]
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "2?", "tool_calls": None, "tool_call_id": None},
+        {"role": "assistant", "content": None, "tool_calls": [call], "tool_call_id": None},
+        {"role": "tool", "content": "4", "tool_calls": None, "tool_call_id": "1"},
+        {"role": "assistant", "content": "It is 4.", "tool_calls": None, "tool_call_id": None},
+    ]
+    row = {"messages": messages, "tools": json.dumps(tools)}
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages, "tools": tools}))
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "c.parquet")
+    one, other = (chat_source(tmp_path, text, name).read(0) for name in ("c.jsonl", "c.parquet"))
+    assert one == other and len(one) == 1
+    shown = text.tokenizer.decode(one[0].tokens, skip_special_tokens=False)
+    assert "<name>look</name>" in shown and "<function=look>" in shown
+    learnt = [t for t, w in zip(one[0].tokens, one[0].ce_weight, strict=True) if w]
+    said = text.tokenizer.decode(learnt, skip_special_tokens=False)
+    assert "<function=look>" in said and "It is 4." in said and "tool_response" not in said
+
+
+def test_shares_of_thinking_and_of_cut_reasoning(text: Text, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": CHAT[:2]}))
+    close = text.tokenizer.id_of("</think>")
+
+    def masked(source: ChatSource) -> list[bool]:
+        """Return, for each conversation with an open tag, whether the closing one is masked."""
+        found = []
+        for number in range(300):
+            (sample,) = source.read(number)
+            assert source.read(number) == [sample]
+            first = sample.ce_weight.index(1.0)
+            if close in sample.tokens[first - 1 :]:
+                place = sample.tokens.index(close, first - 1)
+                found += [sample.ce_weight[place] == 0.0] * (place >= first or place == first - 1)
+        return found
+
+    assert masked(chat_source(tmp_path, text)) == [False] * 300
+    assert 180 < sum(masked(chat_source(tmp_path, text, thinking=1.0, cut=0.75))) < 270
+    off = chat_source(tmp_path, text, thinking=0.25)
+    shown = [text.tokenizer.decode(off.read(i)[0].tokens, False) for i in range(300)]
+    assert 45 < sum("quick brown" in t for t in shown) < 105
+    assert all("<think></think>4" in t for t in shown if "quick brown" not in t)
+
+
+def test_a_turn_of_weight_0_is_shown_and_not_learnt(text: Text, tmp_path: Path) -> None:
+    messages = [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages}))
+    (sample,) = chat_source(tmp_path, text).read(0)
+    learnt = [t for t, w in zip(sample.tokens, sample.ce_weight, strict=True) if w]
+    assert text.tokenizer.decode(learnt) == "5"
+
+
+def test_too_long_a_conversation_is_an_error_or_left_out(text: Text, tmp_path: Path) -> None:
+    long = [CHAT[0] | {"content": "fox " * 500}, CHAT[1]]
+    rows = [{"messages": m} for m in (CHAT[:2], long, CHAT[2:])]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"c.jsonl, line 2: .* over max_length 400"):
+        [chat_source(tmp_path, text).read(i) for i in range(3)]
+    source = chat_source(tmp_path, text, too_long="skip")
+    assert sorted(len(source.read(i)) for i in range(3)) == [0, 1, 1]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": long}))
+    config = SourceConfig(kind="chat", name="c", path=tmp_path / "c.jsonl", too_long="skip")
+    with pytest.raises(DataError, match="'c' has nothing to learn"):
+        Mixture(DataConfig(sources=(config,), max_length=400), text).draw()
 
 
 def test_stream_is_deterministic_and_resumes_exactly(config: DataConfig, text: Text) -> None:
@@ -133,6 +206,15 @@ def test_shares_are_of_tokens(config: DataConfig, text: Text) -> None:
         assert counts[source] / total == pytest.approx(share, abs=0.02)
 
 
+def test_tasks_learn_their_last_answer(config: DataConfig, text: Text) -> None:
+    mixture = Mixture(dataclasses.replace(config, sources=config.sources[2:]), text)
+    for _ in range(40):
+        _, sample = mixture.draw()
+        first = sample.ce_weight.index(1.0)
+        assert set(sample.ce_weight[first:]) == {1.0}
+        assert sample.tokens[-1] in text.tokenizer.eos_token_ids
+
+
 def test_heldout(config: DataConfig, text: Text) -> None:
     domains = {s.domain.split("/")[0] for s in heldout_samples(config, text)}
     assert domains == {"text", "tasks"}
@@ -141,6 +223,12 @@ def test_heldout(config: DataConfig, text: Text) -> None:
 def test_errors_name_file_and_line(config: DataConfig, text: Text, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown key sources\[0\].typo"):
         from_dict(DataConfig, {"sources": [{"kind": "text", "name": "x", "typo": 1}]})
+    with pytest.raises(DataError, match="'x': families means nothing for kind 'text'"):
+        SourceConfig(kind="text", name="x", path=tmp_path, families=("add",))
+    with pytest.raises(DataError, match=r"cut is 2.0: it must be in 0\.\.1"):
+        SourceConfig(kind="chat", name="x", path=tmp_path, cut=2.0)
+    with pytest.raises(DataError, match="no source has a weight"):
+        DataConfig(sources=(dataclasses.replace(config.sources[0], weight=0.0),))
     bad = dataclasses.replace(config.sources[2], families=("juggle",))
     with pytest.raises(DataError, match="no task family 'juggle'"):
         Loader(DataConfig(sources=(bad,)), text, tokens_per_batch=500)
@@ -149,8 +237,50 @@ def test_errors_name_file_and_line(config: DataConfig, text: Text, tmp_path: Pat
         Loader(config, bare, tokens_per_batch=500)
     with pytest.raises(DataError, match="needs path"):
         SourceConfig(kind="text", name="x")
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{')
-    with pytest.raises(DataError, match=r"bad.jsonl, line 2"):
-        TextSource("x", tmp_path / "bad.jsonl", text, 16, 0)
-    with pytest.raises(DataError, match="cannot read"):
-        TextSource("x", tmp_path / "none.jsonl", text, 16, 0)
+    for name, rows, message in (
+        ("text", '{"text": "a"}\n{', "bad.jsonl, line 2: not JSON"),
+        ("text", '{"txt": "a"}', "bad.jsonl, line 1: it has no 'text', but 'txt'"),
+        ("text", '{"text": 1}', "bad.jsonl, line 1: the text is '1', not a string"),
+        ("chat", '\n{"messages": "a"}', "bad.jsonl, line 2: messages must be a list"),
+        ("chat", '{"messages": [{"content": "a"}]}', "bad.jsonl, line 1: .* has no role"),
+        ("chat", '{"messages": [], "tools": "{"}', "bad.jsonl, line 1: tools are not JSON"),
+        ("chat", '{"messages": [{"role": "user"}]}', "line 1: a conversation has no assistant"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(rows)
+        source = SourceConfig(kind=name, name="x", path=tmp_path / "bad.jsonl")  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=message):
+            mixture = Mixture(DataConfig(sources=(source,)), text)
+            [mixture.draw() for _ in range(2)]
+
+
+def test_other_data_than_the_run_began_with_is_refused(
+    config: DataConfig, text: Text, tmp_path: Path
+) -> None:
+    state = Loader(config, text, tokens_per_batch=500).state_dict()
+    with (tmp_path / "text.jsonl").open("a") as file:
+        file.write('\n{"text": "one more"}')
+    with pytest.raises(DataError, match="was started with the sources"):
+        Loader(config, text, tokens_per_batch=500).load_state_dict(state)
+
+
+def test_batches_of_two_loaders_are_never_mixed(config: DataConfig, text: Text) -> None:
+    common = dataclasses.replace(config, sources=config.sources[:1], max_length=100)
+    rare = dataclasses.replace(config, sources=config.sources[2:])
+
+    def alternation() -> Alternation:
+        loaders = [Loader(c, text, tokens_per_batch=500) for c in (common, rare)]
+        return Alternation(*loaders, share=0.08)
+
+    straight = alternation()
+    batches = [straight.next_batch() for _ in range(100)]
+    kinds = [{s.domain.split("/")[0] for s in batch} for batch in batches]
+    assert all(len(kind) == 1 for kind in kinds)
+    rare_at = [i for i, kind in enumerate(kinds) if kind == {"tasks"}]
+    assert len(rare_at) == 8 and max(b - a for a, b in itertools.pairwise(rare_at)) <= 13
+    cut = random.Random(0).randrange(100)
+    first = alternation()
+    for _ in range(cut):
+        first.next_batch()
+    second = alternation()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [second.next_batch() for _ in range(100 - cut)] == batches[cut:]
