@@ -12,15 +12,15 @@ import hashlib
 import json
 import random
 import re
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from aprium.base.records import Message
+from aprium.data.bpe import train_bpe, write
 from aprium.data.rows import read_all
 from aprium.envs.families import FAMILIES, draw
 from aprium.text.chat import ChatTemplate
@@ -37,10 +37,6 @@ FORTUNE_FILES = (
 VOCAB_SIZE = 512
 # There are few of these questions, and they are the first that people ask.
 FAQ_REPEATS = 10
-SPECIAL = (
-    "<unk>", "<s>", "</s>", *(f"<SPECIAL_{i}>" for i in range(3, 10)),
-    "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
-)  # fmt: skip
 # Words with their space, single digits, punctuation runs, white space.
 PATTERN = r" ?[\p{L}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -135,14 +131,6 @@ def conversations(defined: list[tuple[str, str, int]]) -> Iterator[list[dict[str
 
 def train_tokenizer(texts: list[str], words: list[str], template: ChatTemplate) -> Tokenizer:
     """Train the byte-level BPE on the corpus and on rendered tasks in equal parts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
     rendered, size = [], sum(map(len, texts))
     while size > 0:
@@ -152,43 +140,7 @@ def train_tokenizer(texts: list[str], words: list[str], template: ChatTemplate) 
         # The marks are added tokens of their own and must not shape the merges.
         rendered.append(re.sub(r"<\|im_\w+\|>|</?think>|</?tool_call>", "\n", text))
         size -= len(rendered[-1])
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,
-    )
-    tokenizer.train_from_iterator([*texts, *rendered], trainer)
-    assert [tokenizer.token_to_id(token) for token in SPECIAL] == list(range(len(SPECIAL)))
-    return tokenizer
-
-
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer's files as a published checkpoint has them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    shutil.copy(HERE / "pico" / "chat_template.jinja", folder)
-    names = {
-        "bos_token": "<s>",
-        "eos_token": "<|im_end|>",
-        "unk_token": "<unk>",
-        "pad_token": "<unk>",
-    }
-    config = names | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 8192,
-        "clean_up_tokenization_spaces": False,
-        "add_bos_token": False,
-    }
-    generation = {"bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0}
-    # Nearly greedy: what so small a model says by chance is mostly wrong.
-    generation |= {"do_sample": True, "temperature": 0.1, "top_p": 0.95}
-    for name, data in (
-        ("tokenizer_config.json", config),
-        ("special_tokens_map.json", names),
-        ("generation_config.json", generation),
-    ):
-        (folder / name).write_text(json.dumps(data, indent=2) + "\n")
+    return train_bpe([*texts, *rendered], VOCAB_SIZE, PATTERN)
 
 
 def main(output: Path) -> None:
@@ -207,7 +159,9 @@ def main(output: Path) -> None:
     template = ChatTemplate.load(HERE / "pico")
     kept = [t for t in texts if not held_out(t)]
     tokenizer = train_tokenizer(kept, words, template)
-    write_tokenizer(tokenizer, output / "tokenizer")
+    # Nearly greedy: what so small a model says by chance is mostly wrong.
+    sampling = {"do_sample": True, "temperature": 0.1, "top_p": 0.95}
+    write(tokenizer, output / "tokenizer", HERE / "pico" / "chat_template.jinja", sampling)
     size = sum(map(len, texts)) / 1e6
     counts = f"{len(texts)} documents, {len(chats)} conversations, {len(words)} words"
     print(f"{size:.1f} MB: {counts}")

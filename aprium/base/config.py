@@ -56,6 +56,11 @@ def load_toml(cls: type[T], path: str | Path, overrides: Mapping[str, Any] | Non
     `overrides` maps dotted keys ("trainer.steps") to values that replace the file's. Raises
     ConfigError when the file is missing, is not TOML, or does not fit `cls`.
     """
+    return from_dict(cls, read_toml(path, overrides))
+
+
+def read_toml(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read TOML file `path` as plain values, with `overrides` as `load_toml` puts them in."""
     try:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -70,7 +75,7 @@ def load_toml(cls: type[T], path: str | Path, overrides: Mapping[str, Any] | Non
             if not isinstance(table, dict):
                 raise ConfigError(f"override {dotted!r}: {parent!r} is not a table in {path}")
         table[last] = value
-    return from_dict(cls, data)
+    return data
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from aprium.base.log import get_logger
 from aprium.base.records import Sample
 from aprium.model.model import HybridModel
 from aprium.train import checkpoint
-from aprium.train.batch import collate
+from aprium.train.batch import Batch, collate
 from aprium.train.losses import LossConfig, Losses, Whole, compute_losses
 from aprium.train.monitor import (
     DivergenceError,
@@ -62,6 +62,23 @@ class BatchSource(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position that `state_dict` returned."""
+        ...
+
+
+class Objective(Protocol):
+    """What a step minimises; `compute_losses` is one."""
+
+    def __call__(
+        self,
+        model: HybridModel,
+        batch: Batch,
+        config: LossConfig,
+        teacher: HybridModel | None = None,
+        *,
+        whole: Whole | None = None,
+        recompute: bool = False,
+    ) -> Losses:
+        """Return the losses of a part of a step (see `compute_losses`)."""
         ...
 
 
@@ -115,6 +132,7 @@ class Trainer:
     `teacher` is what the model is held to where `loss.kl_weight` is not 0; it is never changed.
     `recipe` is shown on the page.
     `before_step` is told the number of each step before it is computed.
+    `objective` stands in the place of the usual loss.
     """
 
     def __init__(
@@ -131,10 +149,11 @@ class Trainer:
         stability: StabilityConfig | None = None,
         recipe: str = "",
         before_step: Callable[[int], None] | None = None,
+        objective: Objective = compute_losses,
     ) -> None:
         if loss.kl_weight and teacher is None:
             raise ConfigError("loss.kl_weight asks for a teacher and there is none: set it to 0")
-        self.teacher = teacher
+        self.teacher, self.objective = teacher, objective
         self.before_step = before_step
         self.model, self.source, self.heldout = model, source, list(heldout)
         self.output, self.optim, self.loss, self.config = output, optim, loss, config
@@ -243,7 +262,7 @@ class Trainer:
         whole, found = Whole(weight, len(samples)), list[Losses]()
         with residual_norms(self.model, monitor) as residual:
             for part in parts:
-                losses = compute_losses(
+                losses = self.objective(
                     self.model,
                     part,
                     self.loss,

@@ -1,0 +1,138 @@
+"""Fine-tuning from a checkpoint: recipe to opened result, two lengths in turns, refusals."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aprium.base.errors import CheckpointError, ConfigError, UnsupportedError
+from aprium.base.records import Sample
+from aprium.checkpoint.load import load_checkpoint
+from aprium.checkpoint.save import save_checkpoint
+from aprium.model.presets import PRESETS
+from aprium.train.sft import open_model, read_text, run
+from aprium.train.trainer import Trainer
+from tests.family import write_generation_config, write_tokenizer
+from tests.model.test_transformers import random_model
+
+SHAPE = dataclasses.replace(PRESETS["toy"], vocab_size=512)
+RECIPE = """
+output = "{0}/out"
+checkpoint = "{0}/start"
+tokens_per_step = 256
+
+[trainer]
+steps = 6
+
+[optim]
+lr = 3e-3
+warmup_steps = 0
+schedule = "cosine"
+
+[data]
+max_length = 200
+open_packs = 2
+shuffled_packs = 1
+
+[[data.sources]]
+kind = "chat"
+name = "chat"
+path = "{0}/chat.jsonl"
+heldout = "{0}/chat.jsonl"
+"""
+ALTERNATE = """
+[alternate]
+share = 0.25
+
+[alternate.data]
+max_length = 40
+
+[[alternate.data.sources]]
+kind = "text"
+name = "short"
+path = "{0}/chat.jsonl"
+field = "note"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    write_tokenizer(tmp_path / "start")
+    write_generation_config(tmp_path / "start")
+    save_checkpoint(random_model(SHAPE, 0), tmp_path / "start", dtype=torch.bfloat16)
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {i}?"},
+                {"role": "assistant", "content": "the quick brown fox", "reasoning": "lazy dog"},
+            ],
+            "note": f"number {i} " * 9,
+        }
+        for i in range(12)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPE.format(tmp_path))
+    return file
+
+
+def test_heldout_loss_falls_and_the_result_opens(recipe: Path) -> None:
+    directory = run(recipe)
+    assert directory == recipe.parent / "out" / "model"
+    losses = json.loads((recipe.parent / "out" / "heldout.json").read_text())
+    assert losses["after"]["loss"] < losses["before"]["loss"] - 0.3
+    assert losses["before"]["step"] == 0 and losses["after"]["step"] == 6
+    assert load_checkpoint(directory).config == load_checkpoint(recipe.parent / "start").config
+    assert (directory / "chat_template.jinja").exists()
+
+
+def test_two_lengths_never_meet_in_a_step(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with recipe.open("a") as file:
+        file.write(ALTERNATE.format(recipe.parent))
+    steps: list[set[str]] = []
+    step = Trainer.train_step
+
+    def note(self: Trainer, samples: list[Sample]) -> dict[str, float]:
+        steps.append({sample.domain for sample in samples})
+        longest = max(len(sample.tokens) for sample in samples)
+        assert longest <= (40 if steps[-1] == {"short"} else 200)
+        return step(self, samples)
+
+    monkeypatch.setattr(Trainer, "train_step", note)
+    run(recipe, {"trainer.steps": 8})
+    assert [i for i, domains in enumerate(steps) if domains == {"short"}] == [3, 7]
+    assert all(len(domains) == 1 for domains in steps)
+
+
+def test_context_grows_with_the_samples(recipe: Path) -> None:
+    path = recipe.parent / "start"
+    text = read_text(path)
+    assert open_model(path, text).config.max_position_embeddings == 4096
+    longer = open_model(path, text, context=10_000)
+    assert longer.config.max_position_embeddings == 10_000
+
+
+def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
+    write_tokenizer(recipe.parent / "start", vocab_size=600)
+    save_checkpoint(random_model(PRESETS["toy"], 0), recipe.parent / "start")
+    with pytest.raises(CheckpointError, match="give it the tokenizer it was trained with"):
+        run(recipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"lora.r": 8}, UnsupportedError, "leave the table out"),
+        ({"tokens_per_step": 100}, ConfigError, "at least data.max_length, 200"),
+        ({"alternate.share": 1.0, "alternate.data": {"sources": []}}, Exception, "weight"),
+        ({"checkpoint": "nowhere"}, CheckpointError, "no checkpoint 'nowhere'"),
+    ],
+)
+def test_bad_recipes_are_refused(
+    recipe: Path, overrides: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(recipe, overrides)
