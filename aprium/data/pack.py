@@ -14,7 +14,7 @@ from typing import Any
 from aprium.base.errors import DataError
 from aprium.base.records import Sample
 
-NUM_OPEN = 32
+NUM_OPEN = 8
 Address = tuple[int, ...]
 
 

@@ -100,7 +100,7 @@ class DataConfig:
     heldout_samples: int = 200
     seed: int = 0
     open_packs: int = NUM_OPEN
-    shuffled_packs: int = 8
+    shuffled_packs: int = 4
 
     def __post_init__(self) -> None:
         """Check names, shares and ranges."""

@@ -24,7 +24,7 @@ from aprium.base.records import Request, Sample, SamplingParams
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.load import load_checkpoint
 from aprium.data.loader import Loader
-from aprium.data.pack import Packer
+from aprium.data.pack import NUM_OPEN, Packer
 from aprium.data.sources import DataConfig, Mixture, heldout_samples
 from aprium.engine.config import EngineConfig
 from aprium.engine.engine import Engine
@@ -217,7 +217,7 @@ class _Written:
 
     def __init__(self, samples: Sequence[Sample], tokens_per_batch: int) -> None:
         self._samples, self._number = list(samples), 0
-        self._packer = Packer(tokens_per_batch, num_open=8)
+        self._packer = Packer(tokens_per_batch, num_open=NUM_OPEN)
 
     def next_batch(self) -> list[Sample]:
         """Return the samples of the next step."""
