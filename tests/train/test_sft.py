@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from aprium.base.config import load_toml
 from aprium.base.errors import CheckpointError, ConfigError, UnsupportedError
 from aprium.base.records import Sample
 from aprium.checkpoint.load import load_checkpoint
 from aprium.checkpoint.save import save_checkpoint
 from aprium.model.presets import PRESETS
-from aprium.train.sft import open_model, read_text, run
+from aprium.train.optim import schedule_factor
+from aprium.train.sft import SftConfig, open_model, read_text, run
 from aprium.train.trainer import Trainer
 from tests.family import write_generation_config, write_tokenizer
 from tests.model.test_transformers import random_model
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 SHAPE = dataclasses.replace(PRESETS["toy"], vocab_size=512)
 RECIPE = """
 output = "{0}/out"
@@ -127,12 +130,23 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
     [
         ({"lora.r": 8}, UnsupportedError, "leave the table out"),
         ({"tokens_per_step": 100}, ConfigError, "at least data.max_length, 200"),
-        ({"alternate.share": 1.0, "alternate.data": {"sources": []}}, Exception, "weight"),
+        ({"alternate.share": 1.0}, ConfigError, "must lie between 0 and 1"),
+        ({"alternate.data.max_length": 999}, ConfigError, "at least alternate.data.max_length"),
         ({"checkpoint": "nowhere"}, CheckpointError, "no checkpoint 'nowhere'"),
     ],
 )
 def test_bad_recipes_are_refused(
     recipe: Path, overrides: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    if any(key.startswith("alternate") for key in overrides):
+        with recipe.open("a") as file:
+            file.write(ALTERNATE.format(recipe.parent))
     with pytest.raises(error, match=message):
         run(recipe, overrides)
+
+
+@pytest.mark.parametrize("name", ["sft-pico", "long-context-pico"])
+def test_shipped_recipes_can_be_read(name: str) -> None:
+    config = load_toml(SftConfig, RECIPES / f"{name}.toml")
+    factors = [schedule_factor(s, config.trainer.steps, config.optim) for s in range(50, 100)]
+    assert (len(set(factors)) == 1) == (name == "long-context-pico")
