@@ -14,6 +14,7 @@ import click
 import aprium
 from aprium.base.errors import ApriumError, UnsupportedError
 from aprium.base.log import configure_logging
+from aprium.cli_train import boost_mtp, data, merge_checkpoints, recipe_options, setting, sft
 
 _ENGINE_OPTIONS = (
     *("dtype", "activation_dtype", "kv_cache_dtype", "mamba_ssm_cache_dtype"),
@@ -316,7 +317,7 @@ def plan(model: str | None, **options: Any) -> None:
     """
     from aprium.plan.command import run
 
-    options["settings"] = dict(_setting(text) for text in options["settings"])
+    options["settings"] = dict(setting(text) for text in options["settings"])
     click.echo(run(model, options))
 
 
@@ -404,147 +405,18 @@ def _batches(text: str) -> list[int]:
     return sizes
 
 
-def _recipe_options(function: Any) -> Any:
-    """Add the options of commands that run a recipe."""
-    path = click.Path(path_type=Path)
-    function = click.option(
-        "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key."
-    )(function)
-    return click.option("--recipe", required=True, type=path, help="A TOML file.")(function)
+for command in (sft, boost_mtp, merge_checkpoints, data):
+    cli.add_command(command)
 
 
 @cli.command()
-@_recipe_options
+@recipe_options
 def pretrain(recipe: Path, settings: tuple[str, ...]) -> None:
     """Train a model from scratch, or go on with a run that was stopped."""
     configure_logging()
     from aprium.train.pretrain import run
 
-    run(recipe, dict(_setting(text) for text in settings))
-
-
-@cli.command()
-@_recipe_options
-def sft(recipe: Path, settings: tuple[str, ...]) -> None:
-    """Fine-tune a checkpoint on conversations or text, or go on with a run that was stopped.
-
-    The result is written to OUTPUT/model, the held-out loss before and after to
-    OUTPUT/heldout.json. recipes/sft-pico.toml and recipes/long-context-pico.toml are complete.
-    """
-    configure_logging()
-    from aprium.train.sft import run
-
-    directory = run(recipe, dict(_setting(text) for text in settings))
-    if directory is not None:
-        click.echo(f"{directory}: open it with aprium chat {directory}")
-
-
-@cli.command(name="boost-mtp")
-@_recipe_options
-def boost_mtp(recipe: Path, settings: tuple[str, ...]) -> None:
-    """Train a checkpoint's prediction head on what it writes, so that more drafts are accepted.
-
-    The model itself is not changed. The result is written to OUTPUT/model, the acceptance of
-    drafts before and after, by position, to OUTPUT/acceptance.json.
-    """
-    configure_logging()
-    from aprium.train.boost import run
-
-    directory = run(recipe, dict(_setting(text) for text in settings))
-    if directory is not None:
-        click.echo(f"{directory}: open it with aprium chat {directory}")
-
-
-@cli.command(name="merge-checkpoints")
-@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Where to.")
-@click.option("--window", type=click.IntRange(2), help="Take the newest of them; default: all.")
-@click.option(
-    "--decay",
-    type=click.Choice(["minus-sqrt", "uniform"]),
-    default="minus-sqrt",
-    show_default=True,
-    help="The decay of the learning rate to emulate; uniform is a plain mean.",
-)
-@click.option("--like", help="The exported checkpoint whose layout and texts to take.")
-def merge_checkpoints(
-    directories: tuple[Path, ...], output: Path, window: int | None, decay: Any, like: str | None
-) -> None:
-    """Average checkpoints of one run, as if its learning rate had decayed at the end.
-
-    DIRECTORIES are exported checkpoints or step-N of a run, oldest first, or a run, which stands
-    for all of its. A run keeps trainer.keep_checkpoints of them.
-    """
-    configure_logging()
-    from aprium.train.merge import merge
-
-    for path, weight in merge(directories, output, window=window, decay=decay, like=like):
-        click.echo(f"{weight:.4f}  {path}")
-    click.echo(str(output))
-
-
-@cli.group()
-def data() -> None:
-    """Look at training data, and train tokenizers on it."""
-
-
-@data.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--tokenizer", help="Checkpoint, or directory of tokenizer and chat template.")
-@click.option("--packs", default=2, show_default=True, help="Packs to show.")
-@click.option("--measure", default=50, show_default=True, help="Packs to count figures over.")
-@click.option("--max-length", type=int, help="Of a file: longest sample.  [default: 512]")
-@click.option("--tokens", type=int, help="Tokens of a pack; default: the recipe's, or 4096.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures alone, as JSON.")
-def inspect(source: Path, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Show packed samples as the trainer gets them, and count what a mixture is made of.
-
-    SOURCE is a recipe (TOML with a data table) or a JSONL or Parquet file. What is learnt is in
-    colour, what is only shown is dim.
-    """
-    configure_logging("WARNING")
-    from rich.console import Console
-
-    from aprium.data import inspect as inspect_
-    from aprium.envs import families
-
-    plan = inspect_.read(
-        source,
-        overrides=dict(_setting(text) for text in settings),
-        tokenizer=options["tokenizer"],
-        max_length=options["max_length"],
-        tokens=options["tokens"],
-    )
-    figures = inspect_.inspect(
-        plan,
-        families,
-        packs=0 if as_json else options["packs"],
-        measure=options["measure"],
-        console=Console(),
-    )
-    if as_json:
-        click.echo(json.dumps(figures))
-
-
-@data.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--vocab-size", required=True, type=int, help="Tokens in all, special ones too.")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory.")
-@click.option("--max-bytes", type=int, help="Read no more text than this.")
-def tokenizer(
-    files: tuple[Path, ...], vocab_size: int, output: Path, max_bytes: int | None
-) -> None:
-    """Train a byte-level BPE tokenizer with the family's special tokens and chat template.
-
-    FILES are text, JSONL or Parquet with text or messages, or glob patterns. One text in fifty is
-    held out to measure bytes a token on.
-    """
-    configure_logging()
-    from aprium.data.bpe import train
-
-    figures = train(files, output, vocab_size=vocab_size, max_bytes=max_bytes)
-    click.echo(json.dumps({"output": str(output)} | figures))
+    run(recipe, dict(setting(text) for text in settings))
 
 
 @cli.command()
@@ -591,7 +463,7 @@ def quantize(source: str | None, target: Path | None, **options: Any) -> None:
     if source is None or target is None:
         raise click.UsageError("name the model and the directory to write")
     configure_logging()
-    overrides = dict(_setting(text) for text in options["settings"])
+    overrides = dict(setting(text) for text in options["settings"])
     overrides |= {key: options[key] for key in ("rule", "method") if options[key] is not None}
     recipe = recipes.read(options["recipe"], overrides)
     from aprium.quantize import run
@@ -698,19 +570,6 @@ def _params(llm: Any, sampling: dict[str, Any], **more: Any) -> Any:
     from aprium.engine.client import default_params
 
     return dataclasses.replace(default_params(llm.generation_config), **(sampling | more))
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """Read KEY=VALUE, where VALUE is TOML or else plain text."""
-    import tomllib
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise click.UsageError(f"--set {text}: write KEY=VALUE")
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
 
 
 def main(arguments: list[str] | None = None) -> int:

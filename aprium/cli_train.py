@@ -1,0 +1,155 @@
+"""Commands of data and fine-tuning, which `cli` adds to its own; heavy packages inside them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aprium.base.log import configure_logging
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Read KEY=VALUE, where VALUE is TOML or else plain text."""
+    import tomllib
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--set {text}: write KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def recipe_options(function: Any) -> Any:
+    """Add the options of commands that run a recipe."""
+    path = click.Path(path_type=Path)
+    function = click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key."
+    )(function)
+    return click.option("--recipe", required=True, type=path, help="A TOML file.")(function)
+
+
+@click.command()
+@recipe_options
+def sft(recipe: Path, settings: tuple[str, ...]) -> None:
+    """Fine-tune a checkpoint on conversations or text, or go on with a run that was stopped.
+
+    The result is written to OUTPUT/model, the held-out loss before and after to
+    OUTPUT/heldout.json. recipes/sft-pico.toml and recipes/long-context-pico.toml are complete.
+    """
+    configure_logging()
+    from aprium.train.sft import run
+
+    directory = run(recipe, dict(setting(text) for text in settings))
+    if directory is not None:
+        click.echo(f"{directory}: open it with aprium chat {directory}")
+
+
+@click.command(name="boost-mtp")
+@recipe_options
+def boost_mtp(recipe: Path, settings: tuple[str, ...]) -> None:
+    """Train a checkpoint's prediction head on what it writes, so that more drafts are accepted.
+
+    The model itself is not changed. The result is written to OUTPUT/model, the acceptance of
+    drafts before and after, by position, to OUTPUT/acceptance.json.
+    """
+    configure_logging()
+    from aprium.train.boost import run
+
+    directory = run(recipe, dict(setting(text) for text in settings))
+    if directory is not None:
+        click.echo(f"{directory}: open it with aprium chat {directory}")
+
+
+@click.command(name="merge-checkpoints")
+@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Where to.")
+@click.option("--window", type=click.IntRange(2), help="Take the newest of them; default: all.")
+@click.option(
+    "--decay",
+    type=click.Choice(["minus-sqrt", "uniform"]),
+    default="minus-sqrt",
+    show_default=True,
+    help="The decay of the learning rate to emulate; uniform is a plain mean.",
+)
+@click.option("--like", help="The exported checkpoint whose layout and texts to take.")
+def merge_checkpoints(
+    directories: tuple[Path, ...], output: Path, window: int | None, decay: Any, like: str | None
+) -> None:
+    """Average checkpoints of one run, as if its learning rate had decayed at the end.
+
+    DIRECTORIES are exported checkpoints or step-N of a run, oldest first, or a run, which stands
+    for all of its. A run keeps trainer.keep_checkpoints of them.
+    """
+    configure_logging()
+    from aprium.train.merge import merge
+
+    for path, weight in merge(directories, output, window=window, decay=decay, like=like):
+        click.echo(f"{weight:.4f}  {path}")
+    click.echo(str(output))
+
+
+@click.group()
+def data() -> None:
+    """Look at training data, and train tokenizers on it."""
+
+
+@data.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--tokenizer", help="Checkpoint, or directory of tokenizer and chat template.")
+@click.option("--packs", default=2, show_default=True, help="Packs to show.")
+@click.option("--measure", default=50, show_default=True, help="Packs to count figures over.")
+@click.option("--max-length", type=int, help="Of a file: longest sample.  [default: 512]")
+@click.option("--tokens", type=int, help="Tokens of a pack; default: the recipe's, or 4096.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures alone, as JSON.")
+def inspect(source: Path, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Show packed samples as the trainer gets them, and count what a mixture is made of.
+
+    SOURCE is a recipe (TOML with a data table) or a JSONL or Parquet file. What is learnt is in
+    colour, what is only shown is dim.
+    """
+    configure_logging("WARNING")
+    from rich.console import Console
+
+    from aprium.data import inspect as inspect_
+    from aprium.envs import families
+
+    plan = inspect_.read(
+        source,
+        overrides=dict(setting(text) for text in settings),
+        tokenizer=options["tokenizer"],
+        max_length=options["max_length"],
+        tokens=options["tokens"],
+    )
+    figures = inspect_.inspect(
+        plan,
+        families,
+        packs=0 if as_json else options["packs"],
+        measure=options["measure"],
+        console=Console(),
+    )
+    if as_json:
+        click.echo(json.dumps(figures))
+
+
+@data.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--vocab-size", required=True, type=int, help="Tokens in all, special ones too.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory.")
+@click.option("--max-bytes", type=int, help="Read no more text than this.")
+def tokenizer(
+    files: tuple[Path, ...], vocab_size: int, output: Path, max_bytes: int | None
+) -> None:
+    """Train a byte-level BPE tokenizer with the family's special tokens and chat template.
+
+    FILES are text, JSONL or Parquet with text or messages, or glob patterns. One text in fifty is
+    held out to measure bytes a token on.
+    """
+    configure_logging()
+    from aprium.data.bpe import train
+
+    figures = train(files, output, vocab_size=vocab_size, max_bytes=max_bytes)
+    click.echo(json.dumps({"output": str(output)} | figures))
