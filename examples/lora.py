@@ -13,7 +13,7 @@ from aprium import LLM
 from aprium.base.records import Message, SamplingParams
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
-from aprium.data.sources import Text, conversation
+from aprium.data.conversation import Style, conversation
 from aprium.quantize.merge import merge
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
@@ -38,12 +38,13 @@ def ask(model: str) -> str:
 
 def main(output: Path) -> None:
     """Train factors beside the projections of pico for 40 steps, and write both checkpoints."""
-    text = Text(Tokenizer.load(PICO_DIR), ChatTemplate.load(PICO_DIR), None)
+    tokenizer, template = Tokenizer.load(PICO_DIR), ChatTemplate.load(PICO_DIR)
     messages = [
         Message(role="user", content=QUESTION),
         Message(role="assistant", content=ANSWER),
     ]
-    batch = collate([conversation(messages, text, "plums", thinking=False)])
+    style = Style(thinking=False)
+    batch = collate(conversation(messages, tokenizer, template, "plums", style=style))
     model = load_checkpoint(PICO_DIR, load="memory").model
     adapter = lora.attach(model, LoraConfig(r=8, alpha=16.0))
     count = sum(p.numel() for p in adapter.parameters().values())

@@ -139,6 +139,8 @@ def max_violations(loads: Mapping[str, Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def balance_experts(model: HybridModel, loads: Mapping[str, Tensor], rate: float) -> None:
     """Move each layer's selection bias by `rate` towards its underloaded experts."""
+    if not rate:
+        return
     for name, load in loads.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, MoE)

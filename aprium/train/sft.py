@@ -1,6 +1,7 @@
 """Fine-tuning from a checkpoint by a recipe: conversations, more text, or longer documents.
 
-All weights are trained, in float32, and written as BF16 in the public layout. Supervised
+All weights are trained, in float32, and written as BF16 in the public layout; or, with `[lora]`,
+adapters beside frozen weights in any format, written as PEFT's files. Supervised
 fine-tuning and long-context extension are the same stage with other data: with `[alternate]` a
 share of the steps draws from a second mixture, so that two lengths never meet in a step. Held-out
 loss is measured before and after. The same recipe and output continue a run that was stopped.
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from aprium.base.config import load_toml, to_dict
-from aprium.base.errors import CheckpointError, ConfigError, UnsupportedError
+from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Sample
 from aprium.checkpoint.hub import resolve
@@ -28,8 +29,12 @@ from aprium.envs import families
 from aprium.model.model import HybridModel
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
+from aprium.train import checkpoint, lora, precision
+from aprium.train.lora import LoraConfig
 from aprium.train.losses import LossConfig
+from aprium.train.monitor import StabilityConfig
 from aprium.train.optim import OptimConfig
+from aprium.train.precision import PrecisionConfig
 from aprium.train.pretrain import export
 from aprium.train.trainer import BatchSource, Trainer, TrainerConfig
 
@@ -50,8 +55,8 @@ class SftConfig:
 
     `checkpoint` is a directory, a hub id or pico; its tokenizer and chat template are used.
     `optimizer` "adamw" trains everything with `optim.lr`, "muon" matrices with `optim.muon_lr`.
-    `lora` trains adapters in place of the weights. A longer `max_length` than the checkpoint's
-    context makes that longer. Paths are relative to the working directory.
+    `lora` trains adapters beside the weights, which may then be quantised. A longer `max_length`
+    than the checkpoint's context makes that longer. Paths are relative to the working directory.
     """
 
     output: Path
@@ -65,7 +70,9 @@ class SftConfig:
         default_factory=lambda: OptimConfig(lr=1e-4, schedule="cosine", final_fraction=0.1)
     )
     loss: LossConfig = field(default_factory=LossConfig)
-    lora: dict[str, Any] | None = None
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         """Check that a step can hold the longest sample, and that nothing is asked in vain."""
@@ -80,11 +87,13 @@ class SftConfig:
                 f"alternate.share is {self.alternate.share}: it must lie between 0 and 1; leave "
                 "the table out for one mixture"
             )
-        if self.lora is not None:
-            raise UnsupportedError(
-                "[lora] asks for adapters, which cannot be trained yet: leave the table out to "
-                "train all weights"
+        if self.lora is not None and self.optimizer == "muon":
+            raise ConfigError(
+                "optimizer is muon, which is for whole matrices: train the adapters of [lora] with "
+                "adamw"
             )
+        if self.lora is not None and self.precision.recipe != "bf16":
+            raise ConfigError("[lora] and [precision] cannot both be asked for: leave one out")
 
     def mixtures(self) -> dict[str, DataConfig]:
         """Return the mixtures by their dotted keys."""
@@ -103,7 +112,9 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     path = resolve(config.checkpoint)
     text = read_text(path)
     longest = max(data.max_length for data in config.mixtures().values())
-    model = open_model(path, text, context=longest)
+    model = open_model(path, text, context=longest, frozen=config.lora is not None)
+    adapter = lora.attach(model, config.lora) if config.lora is not None else None
+    rounding = precision.attach(model, config.precision)
     loaders = [
         Loader(data, text, tokens_per_batch=config.tokens_per_step)
         for data in config.mixtures().values()
@@ -112,18 +123,18 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     if config.alternate:
         source = Alternation(loaders[0], loaders[1], config.alternate.share)
     heldout = [s for data in config.mixtures().values() for s in heldout_samples(data, text)]
-    optim = config.optim
-    if config.optimizer == "adamw":
-        optim = dataclasses.replace(optim, muon_lr=None)
-    write_recipe(config, config.output)
+    changed = adapter or rounding
     trainer = Trainer(
         model,
         source,
         heldout,
         output=config.output,
-        optim=optim,
-        loss=config.loss,
+        optim=_optim(config),
+        loss=config.loss if adapter is None else dataclasses.replace(config.loss, bias_rate=0.0),
         config=config.trainer,
+        stability=config.stability,
+        recipe=write_recipe(config, config.output),
+        before_step=changed.begin if changed is not None else None,
     )
     before = _measure_before(trainer, heldout)
     if not trainer.run():
@@ -133,29 +144,41 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
         after = trainer.evaluate()
         _write_json(config.output / "heldout.json", {"before": before, "after": after})
         log.info("held-out loss: %.4f before, %.4f after", before["loss"], after["loss"])
+    if adapter is not None:
+        lora.save(adapter, config.output / "adapter", base=config.checkpoint)
+        return config.output / "adapter"
     return export(model, path, config.output / "model")
 
 
-def open_model(path: Path, text: Text, *, context: int = 0) -> HybridModel:
+def _optim(config: SftConfig) -> OptimConfig:
+    if config.optimizer == "adamw":
+        return dataclasses.replace(config.optim, muon_lr=None)
+    return config.optim
+
+
+def open_model(path: Path, text: Text, *, context: int = 0, frozen: bool = False) -> HybridModel:
     """Load checkpoint `path` in float32 to be trained, with room for `context` tokens.
 
-    Raises CheckpointError for a quantised one, or one with fewer tokens than `text` has.
+    A `frozen` one, which is only to bear adapters, stays in the formats of its file. Raises
+    CheckpointError for one that is quantised otherwise, or has fewer tokens than `text`.
     """
-    checkpoint = load_checkpoint(path, load="memory")
-    if checkpoint.quant.formats:
+    found = load_checkpoint(path, load="memory")
+    if found.quant.formats and not frozen:
         raise CheckpointError(
-            f"{path} is quantised: fine-tune the BF16 checkpoint it was made of, or decode it with "
-            "aprium convert --to bf16"
+            f"{path} is quantised: fine-tune the BF16 checkpoint it was made of, decode it with "
+            "aprium convert --to bf16, or train adapters beside it with a [lora] table"
         )
-    if checkpoint.config.vocab_size < text.tokenizer.vocab_size:
+    if found.config.vocab_size < text.tokenizer.vocab_size:
         raise CheckpointError(
-            f"{path}: the model has {checkpoint.config.vocab_size} tokens and its tokenizer "
+            f"{path}: the model has {found.config.vocab_size} tokens and its tokenizer "
             f"{text.tokenizer.vocab_size}: give it the tokenizer it was trained with"
         )
-    longest = max(context, checkpoint.config.max_position_embeddings)
-    shape = dataclasses.replace(checkpoint.config, max_position_embeddings=longest)
+    if frozen:
+        return found.model
+    longest = max(context, found.config.max_position_embeddings)
+    shape = dataclasses.replace(found.config, max_position_embeddings=longest)
     model = HybridModel(shape, dtype=torch.float32)
-    model.load_state_dict(checkpoint.model.state_dict())
+    model.load_state_dict(found.model.state_dict())
     return model
 
 
@@ -164,10 +187,11 @@ def read_text(path: Path) -> Text:
     return Text(Tokenizer.load(path), ChatTemplate.load(path), families)
 
 
-def write_recipe(config: Any, output: Path) -> None:
-    """Write the resolved recipe under `output`."""
+def write_recipe(config: Any, output: Path) -> str:
+    """Write the resolved recipe under `output`, and return it as text."""
     output.mkdir(parents=True, exist_ok=True)
     _write_json(output / "recipe.json", to_dict(config))
+    return (output / "recipe.json").read_text(encoding="utf-8")
 
 
 def _measure_before(trainer: Trainer, heldout: Sequence[Sample]) -> dict[str, Any]:
@@ -175,7 +199,7 @@ def _measure_before(trainer: Trainer, heldout: Sequence[Sample]) -> dict[str, An
     file = trainer.output / "before.json"
     if not heldout:
         return {}
-    if not (file.exists() and trainer.checkpoints()):
+    if not (file.exists() and checkpoint.complete(trainer.output)):
         _write_json(file, trainer.evaluate())
     return json.loads(file.read_text(encoding="utf-8"))
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from aprium.base.config import load_toml
-from aprium.base.errors import CheckpointError, ConfigError, UnsupportedError
+from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.records import Sample
 from aprium.checkpoint.load import load_checkpoint
 from aprium.checkpoint.save import save_checkpoint
 from aprium.model.presets import PRESETS
+from aprium.quantize import pipeline, recipes
+from aprium.train import lora
 from aprium.train.optim import schedule_factor
 from aprium.train.sft import SftConfig, open_model, read_text, run
 from aprium.train.trainer import Trainer
@@ -98,11 +100,11 @@ def test_two_lengths_never_meet_in_a_step(recipe: Path, monkeypatch: pytest.Monk
     steps: list[set[str]] = []
     step = Trainer.train_step
 
-    def note(self: Trainer, samples: list[Sample]) -> dict[str, float]:
+    def note(self: Trainer, samples: list[Sample], **options: Any) -> dict[str, Any]:
         steps.append({sample.domain for sample in samples})
         longest = max(len(sample.tokens) for sample in samples)
         assert longest <= (40 if steps[-1] == {"short"} else 200)
-        return step(self, samples)
+        return step(self, samples, **options)
 
     monkeypatch.setattr(Trainer, "train_step", note)
     run(recipe, {"trainer.steps": 8})
@@ -118,6 +120,24 @@ def test_context_grows_with_the_samples(recipe: Path) -> None:
     assert longer.config.max_position_embeddings == 10_000
 
 
+def test_adapters_are_trained_beside_frozen_weights_of_a_quantised_base(recipe: Path) -> None:
+    base = recipe.parent / "nvfp4"
+    pipeline.quantize(recipe.parent / "start", base, recipes.read("nvfp4-all"))
+    settings = {"checkpoint": str(base), "lora.r": 4, "optim.lr": 0.01, "trainer.steps": 12}
+    adapter = run(recipe, settings)
+    assert adapter == recipe.parent / "out" / "adapter"
+    figures = json.loads((recipe.parent / "out" / "heldout.json").read_text())
+    assert figures["after"]["loss"] < figures["before"]["loss"] - 0.1
+    model = open_model(base, read_text(base), frozen=True)
+    before = {n: p.detach().float().clone() for n, p in model.named_parameters()}
+    loaded = lora.load(model, adapter)
+    assert loaded.names
+    trained = set(loaded.parameters())
+    for name, parameter in model.named_parameters():
+        if name not in trained:
+            assert torch.equal(parameter.detach().float(), before[name]), name
+
+
 def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
     write_tokenizer(recipe.parent / "start", vocab_size=600)
     save_checkpoint(random_model(PRESETS["toy"], 0), recipe.parent / "start")
@@ -128,7 +148,8 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"lora.r": 8}, UnsupportedError, "leave the table out"),
+        ({"lora.r": 8, "optimizer": "muon"}, ConfigError, "with adamw"),
+        ({"lora.r": 8, "precision.recipe": "nvfp4"}, ConfigError, "leave one out"),
         ({"tokens_per_step": 100}, ConfigError, "at least data.max_length, 200"),
         ({"alternate.share": 1.0}, ConfigError, "must lie between 0 and 1"),
         ({"alternate.data.max_length": 999}, ConfigError, "at least alternate.data.max_length"),
