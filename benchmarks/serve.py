@@ -72,6 +72,7 @@ class Server:
 def aprium(options: argparse.Namespace, concurrency: int) -> Server:
     """Start Aprium's server."""
     command = [sys.executable, "-m", "aprium.cli", "serve", options.model, "--port", "0"]
+    command += ["--served-model-name", "any"]
     command += ["--max-num-seqs", str(concurrency), "--max-model-len", str(CONTEXT)]
     command += options.flags
 
@@ -124,7 +125,8 @@ async def load(
         [numbers.randrange(100, options.vocab) for _ in range(options.prompt)]
         for _ in range(total + 1)
     ]
-    limits = httpx2.Limits(max_connections=concurrency + 1)
+    # A connection for each request: llama-server closes those it has answered on.
+    limits = httpx2.Limits(max_connections=concurrency + 1, max_keepalive_connections=0)
     async with httpx2.AsyncClient(timeout=None, limits=limits) as client:
         await request(client, address, prompts.pop(), 2)  # so that memory is there
         found: list[tuple[float, float]] = []
