@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from aprium.base.errors import CheckpointError
 from aprium.model.config import NVFP4_BLOCK, NVFP4_TENSORS, QuantConfig
-from aprium.ops import fp8, nvfp4
+from aprium.ops import fp8, moe, nvfp4
 from aprium.ops.matmul import linear
+from aprium.parallel.collectives import all_to_all_counts, exchange, reduce_from
+from aprium.parallel.mesh import Axis
 
 # Maps rows [T, in] to [T, out] by a matrix, or by that of one expert of a stack.
 Product = Callable[[Tensor, int | None], Tensor]
@@ -145,8 +147,23 @@ class Linear(Matrix):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+def row_parallel(layer: Linear, x: Tensor, axis: Axis) -> Tensor:
+    """Apply `layer`, of which each process of `axis` holds the columns that its `x` [T, in] has.
+
+    The column-parallel form is its counterpart: the layer itself, its rows cut, on an input that
+    came through `copy_to`.
+    """
+    if axis.size == 1:
+        return layer(x)
+    y = reduce_from(layer.product(x.dtype)(x, None), axis)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
 class Experts(nn.Module):
-    """The routed experts of one layer: stacked up [E, I, d] and down [E, d, I], no bias."""
+    """The routed experts of one layer: stacked up [E, I, d] and down [E, d, I], no bias.
+
+    Each process of `axis` holds an equal share of them, in order, and runs the rows of all.
+    """
 
     def __init__(
         self,
@@ -157,8 +174,10 @@ class Experts(nn.Module):
         name: str,
         quant: QuantConfig,
         dtype: torch.dtype,
+        axis: Axis,
     ) -> None:
         super().__init__()
+        self.num_experts, self.axis = num_experts, axis
         for matrix, shape in (("up_proj", (hidden, dim)), ("down_proj", (dim, hidden))):
             formats = {quant.formats.get(f"{name}.{e}.{matrix}") for e in range(num_experts)}
             if len(formats) > 1:
@@ -170,14 +189,34 @@ class Experts(nn.Module):
             stack = Matrix((num_experts, *shape), formats.pop(), quant.layout, dtype, name)
             self.add_module(matrix, stack)
 
-    def apply_expert(self, dtype: torch.dtype) -> Callable[[int, Tensor], Tensor]:
-        """Return a function that runs expert e on rows [R, d]: down(relu(up(rows))^2)."""
-        up, down = (self.stack(name).product(dtype) for name in ("up_proj", "down_proj"))
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Return the weighted sum [T, d] of each token's `experts` [T, A] on `x` [T, d]."""
+        run = self._run if self.axis.size == 1 else self._run_dispatched
+        return moe.grouped_experts(x, weights, experts, run)
+
+    def _run(self, rows: Tensor, experts: Tensor) -> Tensor:
+        """Run `rows` [R, d], sorted by `experts` [R]: down(relu(up(rows))^2)."""
+        up, down = (self.stack(name).product(rows.dtype) for name in ("up_proj", "down_proj"))
 
         def apply(expert: int, rows: Tensor) -> Tensor:
             return down(F.relu(up(rows, expert)).square(), expert)
 
-        return apply
+        return moe.run_sorted(rows, experts, apply)
+
+    def _run_dispatched(self, rows: Tensor, experts: Tensor) -> Tensor:
+        """Send rows [R, d], sorted by expert, to who holds the experts; return what comes back."""
+        axis, local = self.axis, self.num_experts // self.axis.size
+        counts = experts.bincount(minlength=self.num_experts).unflatten(0, (axis.size, local))
+        arriving = all_to_all_counts(counts, axis)  # [source, expert]
+        send, receive = counts.sum(1).tolist(), arriving.sum(1).tolist()
+        arrived = exchange(rows, send, receive, axis)
+        numbers = torch.arange(local, device=rows.device).repeat(axis.size)
+        numbers = numbers.repeat_interleave(arriving.flatten())
+        order = numbers.argsort(stable=True)
+        done = self._run(arrived[order], numbers[order])
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        return exchange(done[inverse], receive, send, axis)
 
     def stack(self, name: str) -> Matrix:
         """Return the stack "up_proj" or "down_proj"."""

@@ -17,13 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from aprium.model.config import ModelConfig, QuantConfig
 from aprium.model.layout import Drafting, Layout
-from aprium.model.linear import Experts, Linear
+from aprium.model.linear import Experts, Linear, row_parallel
 from aprium.model.native import NativeModel
+from aprium.model.sharding import HeadShare, head_shares, keep_own_parts, make_plan, own_kv_rows
 from aprium.model.state import HybridState
 from aprium.ops import attention, conv, moe, ssd
 from aprium.ops.activation import sigmoid, silu
 from aprium.ops.matmul import linear
 from aprium.ops.norm import gated_group_norm, rms_norm
+from aprium.parallel.collectives import broadcast, copy_to, exchange, gather_rows, reduce_from
+from aprium.parallel.mesh import Mesh
 
 
 class Routing(NamedTuple):
@@ -40,6 +43,7 @@ class Build(NamedTuple):
     config: ModelConfig
     quant: QuantConfig
     dtype: torch.dtype
+    mesh: Mesh
 
     def linear(self, name: str, inputs: int, outputs: int, bias: bool = False) -> Linear:
         """Make the linear layer whose name on disk is `name`."""
@@ -60,13 +64,23 @@ class Build(NamedTuple):
         return nn.Parameter(torch.empty(shape, dtype=self.dtype))
 
 
-class Context(NamedTuple):
-    """What a mixer needs of the step: the layout, the state, and this layer's place in it."""
+class Context:
+    """What a mixer needs of the step: the layout, the state, and this layer's place in it.
 
-    layout: Layout
-    state: HybridState | None
-    index: int
-    routing: list[Routing] | None
+    A plain class, since what wraps blocks copies the lists and records among their arguments, and
+    `routing` must be the caller's own list.
+    """
+
+    __slots__ = ("index", "layout", "routing", "state")
+
+    def __init__(
+        self, layout: Layout, state: HybridState | None, index: int, routing: list[Routing] | None
+    ) -> None:
+        self.layout, self.state, self.index, self.routing = layout, state, index, routing
+
+    def on(self, layout: Layout) -> "Context":
+        """Return the same with another layout."""
+        return Context(layout, self.state, self.index, self.routing)
 
 
 class Norm(nn.Module):
@@ -98,6 +112,7 @@ class Mamba(nn.Module):
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
         config = self.config = build.config
+        self.mesh = build.mesh
         bias = config.mamba_proj_bias
         self.in_proj = build.linear(f"{name}.in_proj", config.hidden_size, config.in_proj_dim, bias)
         self.conv1d = Conv1d(build)
@@ -112,7 +127,7 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix `x` [T, D] along each sequence; updates the state where there is one."""
         layout = context.layout
-        projected = self.in_proj(x)
+        projected = self.in_proj(copy_to(x, self.mesh.tp))
         if context.state is not None and (any(layout.replay) or any(layout.hold)):
             return self._mix_held(projected, context)
         return self._mix(projected, context)
@@ -130,10 +145,10 @@ class Mamba(nn.Module):
             ring = state.ring[context.index][slot]
             if late:
                 alone = layout.alone(i, late, done - late)
-                self._mix(ring[:late], context._replace(layout=alone))
+                self._mix(ring[:late], context.on(alone))
             kept = [buffer[slot].clone() for buffer in buffers] if hold else []
             alone = layout.alone(i, len(rows), done)
-            outputs.append(self._mix(rows, context._replace(layout=alone)))
+            outputs.append(self._mix(rows, context.on(alone)))
             for buffer, before in zip(buffers, kept, strict=False):
                 buffer[slot] = before
             if hold:
@@ -142,16 +157,51 @@ class Mamba(nn.Module):
 
     def _mix(self, projected: Tensor, context: Context) -> Tensor:
         """Mix what `in_proj` gave, [T, in_proj_dim], along each sequence."""
-        config, layout = self.config, context.layout
-        inner, groups, size = config.mamba_inner, config.num_groups, config.ssm_state_size
-        widths = (inner, config.conv_dim, config.mamba_num_heads)
+        config, tp = self.config, self.mesh.tp
+        inner, groups = config.mamba_inner // tp.size, config.num_groups // tp.size
+        widths = (inner, config.conv_dim // tp.size, config.mamba_num_heads // tp.size)
         gate, mixed, dt = projected.split(widths, -1)
-        mixed = silu(self._convolve(mixed, context))
+        if self.mesh.cp.size == 1:
+            y = self._recur(mixed, dt, context, None)
+        else:
+            y = self._recur_by_heads(mixed, dt, context)
+        y = gated_group_norm(y, gate, self.norm.weight, groups, config.norm_eps)
+        return row_parallel(self.out_proj, y, tp)
+
+    def _recur_by_heads(self, mixed: Tensor, dt: Tensor, context: Context) -> Tensor:
+        """Run the recurrence for a share of the heads over the tokens of all cp processes.
+
+        Tokens are traded for heads before it and back after it; the gate stays where it is.
+        """
+        cp, mine = self.mesh.cp, mixed.shape[0]
+        counts = self.mesh.row_counts(context.layout.num_tokens)
+        shares = head_shares(self.config, self.mesh)
+        leaving = [torch.cat((mixed[:, s.channels], dt[:, s.heads]), 1) for s in shares]
+        arrived = exchange(torch.cat(leaving), [mine] * cp.size, counts, cp)
+        share = shares[cp.index]
+        mixed, dt = arrived.split((len(share.channels), len(share.heads)), 1)
+        y = self._recur(mixed, dt, context, share)
+        y = exchange(y, counts, [mine] * cp.size, cp)
+        return y.unflatten(0, (cp.size, mine)).transpose(0, 1).flatten(1)
+
+    def _recur(
+        self, mixed: Tensor, dt: Tensor, context: Context, share: HeadShare | None
+    ) -> Tensor:
+        """Convolve `mixed` and run the recurrence; [T, inner], of the heads of `share`."""
+        config, layout, size = self.config, context.layout, self.config.ssm_state_size
+        vectors = (self.A_log, self.D, self.dt_bias)
+        if share is not None:
+            vectors = tuple(vector[share.heads] for vector in vectors)
+        a_log, d, dt_bias = vectors
+        heads = a_log.shape[0]
+        inner = heads * config.mamba_head_dim
+        mixed = silu(self._convolve(mixed, context, share))
+        groups = (mixed.shape[1] - inner) // (2 * size)
         u, b, c = mixed.float().split((inner, groups * size, groups * size), -1)
-        u = u.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
+        u = u.unflatten(-1, (heads, config.mamba_head_dim))
         b, c = (t.unflatten(-1, (groups, size)) for t in (b, c))
-        dt = ssd.step_size(dt, self.dt_bias, config.time_step_limit)
-        a, d = -torch.exp(self.A_log.float()), self.D.float()
+        dt = ssd.step_size(dt, dt_bias, config.time_step_limit)
+        a, d = -torch.exp(a_log.float()), d.float()
         if context.state is None:
             y = ssd.chunked(u, dt, a, b, c, d, layout.segment_ids, config.chunk_size)
         else:
@@ -160,14 +210,15 @@ class Mamba(nn.Module):
             before = layout.read_slots(buffer)
             y, after = ssd.scan(u, dt, a, b, c, d, layout.starts, layout.lengths, before)
             buffer[layout.slots] = after
-        y = y.flatten(-2)
-        y = gated_group_norm(y, gate, self.norm.weight, groups, config.norm_eps)
-        return self.out_proj(y)
+        return y.flatten(-2)
 
-    def _convolve(self, mixed: Tensor, context: Context) -> Tensor:
-        layout, weight = context.layout, self.conv1d.weight.squeeze(1)
+    def _convolve(self, mixed: Tensor, context: Context, share: HeadShare | None) -> Tensor:
+        layout, weight, bias = context.layout, self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if share is not None:
+            weight = weight[share.channels]
+            bias = None if bias is None else bias[share.channels]
         if context.state is None:
-            return conv.causal_conv(mixed, weight, self.conv1d.bias, layout.positions)
+            return conv.causal_conv(mixed, weight, bias, layout.positions)
         assert layout.slots is not None
         buffer = context.state.conv[context.index]
         tail = layout.read_slots(buffer)
@@ -175,7 +226,7 @@ class Mamba(nn.Module):
         lengths = torch.tensor(layout.lengths, device=mixed.device)
         buffer[layout.slots] = conv.conv_tail(mixed, starts, lengths, tail)
         history = tail[layout.segment_ids].to(mixed.dtype)
-        return conv.causal_conv(mixed, weight, self.conv1d.bias, layout.positions, history)
+        return conv.causal_conv(mixed, weight, bias, layout.positions, history)
 
 
 class Attention(nn.Module):
@@ -184,6 +235,7 @@ class Attention(nn.Module):
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
         config = self.config = build.config
+        self.mesh = build.mesh
         dim = config.hidden_size
         wide, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         self.q_proj = build.linear(f"{name}.q_proj", dim, wide)
@@ -193,12 +245,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix `x` [T, D] along each sequence; appends to the state's pages where there is one."""
-        layout, head_dim = context.layout, self.config.head_dim
+        layout, head_dim, mesh = context.layout, self.config.head_dim, self.mesh
+        x = copy_to(x, mesh.tp)
         q, k, v = (
-            proj(x).unflatten(-1, (-1, head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, head_dim))
+            for y in (self.q_proj(x), self._narrow(self.k_proj, x), self._narrow(self.v_proj, x))
         )
-        if context.state is None:
+        if context.state is None and mesh.cp.size > 1:
+            counts = mesh.row_counts(layout.num_tokens)
+            k, v = (gather_rows(t, counts, mesh.cp) for t in (k, v))
+            first = mesh.rows(layout.num_tokens).start
+            out = attention.packed_part(q, k, v, layout.lengths, first)
+        elif context.state is None:
             out = attention.packed(q, k, v, layout.lengths)
         else:
             assert layout.pages is not None
@@ -213,7 +271,18 @@ class Attention(nn.Module):
             out = attention.paged(
                 q, keys, values, layout.starts, layout.lengths, layout.context, layout.pages, scales
             )
-        return self.o_proj(out.flatten(-2))
+        return row_parallel(self.o_proj, out.flatten(-2), mesh.tp)
+
+    def _narrow(self, proj: Linear, x: Tensor) -> Tensor:
+        """Project to this process's keys or values.
+
+        Where several tp processes read one KV head, each holds the whole matrix, takes the rows it
+        needs, and the gradients of all are summed.
+        """
+        rows = own_kv_rows(self.config, self.mesh)
+        if rows is None:
+            return proj(x)
+        return linear(x, copy_to(proj.dense(x.dtype), self.mesh.tp)[rows])
 
     def cache_scales(self) -> tuple[float, float]:
         """Return what keys and values are divided by in an FP8 cache: the file's scales, or 1."""
@@ -227,12 +296,15 @@ class MLP(nn.Module):
     def __init__(self, build: Build, name: str, hidden: int) -> None:
         super().__init__()
         dim, bias = build.config.hidden_size, build.config.mlp_bias
+        self.mesh = build.mesh
         self.up_proj = build.linear(f"{name}.up_proj", dim, hidden, bias)
         self.down_proj = build.linear(f"{name}.down_proj", hidden, dim, bias)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Map `x` [T, D] to [T, D], each token by itself."""
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        tp = self.mesh.tp
+        inner = F.relu(self.up_proj(copy_to(x, tp))).square()
+        return row_parallel(self.down_proj, inner, tp)
 
 
 class Gate(nn.Module):
@@ -253,7 +325,7 @@ class MoE(nn.Module):
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
         config = self.config = build.config
-        self.name = name
+        self.name, self.mesh = name, build.mesh
         self.gate = Gate(build)
         self.experts = Experts(
             config.num_experts,
@@ -262,6 +334,7 @@ class MoE(nn.Module):
             name=f"{name}.experts",
             quant=build.quant,
             dtype=build.dtype,
+            axis=build.mesh.ep,
         )
         self.shared_experts = MLP(
             build, f"{name}.shared_experts", config.shared_expert_intermediate_size
@@ -273,25 +346,26 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map `x` [T, D] to [T, D]; appends to `context.routing` where a list is given."""
-        config = self.config
+        config, tp = self.config, self.mesh.tp
         scores = sigmoid(linear(x.float(), self.gate.weight))
-        weights, experts = moe.route(
+        experts = moe.choose(
             scores,
             self.gate.e_score_correction_bias,
             num_active=config.num_active_experts,
             num_groups=config.num_router_groups,
             num_active_groups=config.num_active_router_groups,
-            normalise=config.norm_topk_prob,
-            scale=config.routed_scaling_factor,
         )
+        experts = broadcast(experts, tp)
         if context.routing is not None:
             context.routing.append(Routing(self.name, scores, experts))
-        apply = self.experts.apply_expert(x.dtype)
-        if config.latent_size is None:
-            routed = moe.grouped_experts(x, weights, experts, apply)
-        else:
-            latent = self.fc1_latent_proj(x)
-            routed = self.fc2_latent_proj(moe.grouped_experts(latent, weights, experts, apply))
+        weights = moe.weigh(
+            scores, experts, normalise=config.norm_topk_prob, scale=config.routed_scaling_factor
+        )
+        inputs = x if config.latent_size is None else self.fc1_latent_proj(x)
+        routed = self.experts(copy_to(inputs, tp), copy_to(weights, tp), experts)
+        routed = reduce_from(routed, tp)
+        if config.latent_size is not None:
+            routed = self.fc2_latent_proj(routed)
         return routed + self.shared_experts(x)
 
 
@@ -318,8 +392,10 @@ class Block(nn.Module):
         return x + self.mixer(self.norm(x), context)
 
 
-def _run(block: nn.Module, x: Tensor, context: Context, recompute: bool) -> Tensor:
-    return checkpoint(block, x, context, use_reentrant=False) if recompute else block(x, context)
+def _run(block: nn.Module, x: Tensor, context: Context, recompute: bool, *rest: Tensor) -> Tensor:
+    if recompute:
+        return checkpoint(block, x, context, *rest, use_reentrant=False)
+    return block(x, context, *rest)
 
 
 class Embeddings(nn.Module):
@@ -349,11 +425,20 @@ class PredictionLayer(Block):
     def __init__(self, build: Build, kind: str, name: str, *, first: bool, last: bool) -> None:
         super().__init__(build, kind, name)
         dim = build.config.hidden_size
+        self.first, self.last = first, last
         if first:
             self.enorm, self.hnorm = Norm(build, dim), Norm(build, dim)
             self.eh_proj = build.linear(f"{name}.eh_proj", 2 * dim, dim)
         if last:
             self.final_layernorm = Norm(build, dim)
+
+    def forward(self, x: Tensor, context: Context, embedded: Tensor | None = None) -> Tensor:
+        """Map `x` [T, D] to [T, D]; the first layer joins `embedded` [T, D] to it."""
+        if self.first:
+            assert embedded is not None
+            x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(x)), -1))
+        x = super().forward(x, context)
+        return self.final_layernorm(x) if self.last else x
 
 
 class PredictionHead(nn.Module):
@@ -379,7 +464,9 @@ class HybridModel(nn.Module):
     """A model of the family.
 
     Build it under `torch.device("meta")` to know every parameter without memory. `dtype` is that
-    of unquantised parameters until a file says otherwise; `compute_dtype` that of activations.
+    of unquantised parameters until a file says otherwise; `compute_dtype` that of activations. On a
+    `mesh` each process holds its part of the parameters (see `aprium.parallel.plan`), which is for
+    training; hidden states are then those of this process's rows of the packed tokens.
     """
 
     def __init__(
@@ -389,18 +476,22 @@ class HybridModel(nn.Module):
         *,
         dtype: torch.dtype = torch.bfloat16,
         compute_dtype: torch.dtype = torch.float32,
+        mesh: Mesh | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.quant = quant or QuantConfig()
+        self.mesh = mesh or Mesh()
+        self.plan = make_plan(config, self.quant, self.mesh)
         self.compute_dtype = compute_dtype
         self.native: NativeModel | None = None  # see aprium.model.native.bind
-        build = Build(config, self.quant, dtype)
+        build = Build(config, self.quant, dtype, self.mesh)
         self.backbone = Backbone(build)
         if not config.tie_embeddings:
             self.lm_head = build.linear("lm_head", config.hidden_size, config.vocab_size)
         if config.num_mtp_layers:
             self.mtp = PredictionHead(build)
+        keep_own_parts(self, self.plan)
 
     def forward(
         self,
@@ -472,18 +563,15 @@ class HybridModel(nn.Module):
         config = self.config
         size, head = len(config.mtp_layers), min(depth, config.num_mtp_layers - 1)
         layers = list(self.mtp.layers)[head * size : (head + 1) * size]
-        first, last = layers[0], layers[-1]
-        assert isinstance(first, PredictionLayer) and isinstance(last, PredictionLayer)
         native = self._native(state, routing)
         if native is not None and state is not None:
             return native.predict(hidden, next_tokens, layout, state, head)
         embedded = self._embed(next_tokens)
-        x = first.eh_proj(torch.cat((first.enorm(embedded), first.hnorm(hidden)), -1))
-        index = config.layers.count("attention")
+        x, index = hidden, config.layers.count("attention")
         for block in layers:
-            x = _run(block, x, Context(layout, state, index, routing), recompute)
+            x = _run(block, x, Context(layout, state, index, routing), recompute, embedded)
             index += isinstance(block, Block) and block.kind == "attention"
-        return last.final_layernorm(x)
+        return x
 
     def draft(self, hidden: Tensor, drafting: Drafting, state: HybridState) -> list[list[int]]:
         """Let the prediction head read hidden states [.., D] of a step, and draft after them.
@@ -532,6 +620,7 @@ class HybridModel(nn.Module):
         return list(zip(tokens.tolist(), chances.tolist(), strict=True))
 
     def _embed(self, tokens: Tensor) -> Tensor:
+        tokens = tokens[self.mesh.rows(tokens.shape[0])]
         return F.embedding(tokens, self.backbone.embeddings.weight).to(self.compute_dtype)
 
     @torch.no_grad()
@@ -541,29 +630,30 @@ class HybridModel(nn.Module):
         Normal with the configured deviation, mixer outputs shrunk by the square root of the
         number of layers; A = 1..H, D = 1, step sizes log-uniform. Source: Mamba-2 section 9.
         """
-        config = self.config
-        shrink = math.sqrt(len(config.layers)) if config.rescale_prenorm_residual else 1.0
         for name, parameter in self.named_parameters():
-            *_, module, leaf = ("", *name.split("."))
-            if "norm" in module or leaf == "D":
-                parameter.fill_(1.0)
-            elif leaf == "A_log":
-                steps = torch.arange(1, parameter.numel() + 1, device=parameter.device)
-                parameter.copy_(steps.float().log())
-            elif leaf == "dt_bias":
-                parameter.copy_(self._initial_dt_bias(parameter.numel(), generator))
-            elif leaf in ("bias", "e_score_correction_bias"):
-                parameter.zero_()
-            elif module == "conv1d":
-                bound = 1 / math.sqrt(config.conv_kernel)
-                parameter.copy_(
-                    torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-                )
-            else:
-                scale = config.initializer_range
-                if module in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj"):
-                    scale /= shrink
-                parameter.copy_(torch.empty(parameter.shape).normal_(0, scale, generator=generator))
+            shape = self.plan.whole_shape(name, parameter.shape)
+            whole = self._initial(name, torch.empty(shape, dtype=torch.float32), generator)
+            parameter.copy_(self.plan.take(name, whole))
+
+    def _initial(self, name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+        """Fill `value`, the whole parameter `name`, whatever part of it this process holds."""
+        config = self.config
+        *_, module, leaf = ("", *name.split("."))
+        if "norm" in module or leaf == "D":
+            return value.fill_(1.0)
+        if leaf == "A_log":
+            return torch.arange(1, value.numel() + 1).float().log()
+        if leaf == "dt_bias":
+            return self._initial_dt_bias(value.numel(), generator)
+        if leaf in ("bias", "e_score_correction_bias"):
+            return value.zero_()
+        if module == "conv1d":
+            bound = 1 / math.sqrt(config.conv_kernel)
+            return value.uniform_(-bound, bound, generator=generator)
+        scale = config.initializer_range
+        if module in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj"):
+            scale /= math.sqrt(len(config.layers)) if config.rescale_prenorm_residual else 1.0
+        return value.normal_(0, scale, generator=generator)
 
     def _initial_dt_bias(self, count: int, generator: torch.Generator) -> Tensor:
         config = self.config

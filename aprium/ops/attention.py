@@ -35,6 +35,25 @@ def packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat(outputs)
 
 
+def packed_part(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], first: int) -> Tensor:
+    """Attend as `packed` for some of the queries: `q` [R, H, P] are those of tokens from `first`.
+
+    `k`, `v` [T, K, P] are those of all segments. Returns [R, H, P].
+    """
+    outputs, start, last = [], 0, first + q.shape[0]
+    for length in lengths:
+        begin, end = max(start, first), min(start + length, last)
+        if begin < end:
+            queries = torch.arange(begin, end, device=q.device).unsqueeze(1)
+            mask = queries >= torch.arange(start, end, device=q.device)
+            parts = (q[begin - first : end - first], k[start:end], v[start:end])
+            one = (t.transpose(0, 1).unsqueeze(0) for t in parts)
+            out = F.scaled_dot_product_attention(*one, attn_mask=mask, enable_gqa=True)
+            outputs.append(out[0].transpose(0, 1))
+        start += length
+    return torch.cat(outputs)
+
+
 def write_pages(
     pages: Tensor, new: Tensor, page_ids: Tensor, first: int, scale: float = 1.0
 ) -> None:

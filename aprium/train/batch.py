@@ -1,13 +1,19 @@
-"""A list of samples as the tensors of one training step: packed tokens, weights, layout."""
+"""A list of samples as the tensors of one training step: packed tokens, weights, layout.
+
+Every process of a run draws the same samples and takes its share, so that a step is made of the
+same ones however many processes there are.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aprium.base.records import Sample
 from aprium.model.layout import Layout
+from aprium.parallel.mesh import Axis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -15,7 +21,8 @@ class Batch:
     """Packed samples.
 
     tokens int64 [T]; ce_weight float32 [T], aligned with the token predicted; domains int64 [T],
-    index into `domain_names`.
+    index into `domain_names`. A segment after the first `num_samples` is a filler, which counts
+    for nothing.
     """
 
     tokens: Tensor
@@ -23,6 +30,12 @@ class Batch:
     domains: Tensor
     domain_names: tuple[str, ...]
     layout: Layout
+    num_samples: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the samples, without a filler's."""
+        return sum(self.layout.lengths[: self.num_samples])
 
     def predicted(self, ahead: int) -> Tensor:
         """Return the indices of weighted tokens that lie at least `ahead` into their document.
@@ -39,15 +52,40 @@ class Batch:
         return lengths[self.layout.segment_ids] - self.layout.positions
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Pack `samples` end to end, each a segment of its own."""
+def collate(samples: Sequence[Sample], least: int = 0) -> Batch:
+    """Pack `samples` end to end, each a segment of its own.
+
+    A filler brings the batch to `least` tokens, so that every process has a share of it.
+    """
     names = tuple(sorted({sample.domain for sample in samples}))
     lengths = [len(sample.tokens) for sample in samples]
-    domains = torch.tensor([names.index(sample.domain) for sample in samples])
+    domains = torch.tensor([names.index(sample.domain) for sample in samples], dtype=torch.int64)
+    domains = domains.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    tokens = torch.tensor([t for s in samples for t in s.tokens], dtype=torch.int64)
+    weights = torch.tensor([w for s in samples for w in s.ce_weight], dtype=torch.float32)
+    missing = max(0, least - len(tokens))
+    if missing:
+        tokens, weights, domains = (F.pad(t, (0, missing)) for t in (tokens, weights, domains))
+        lengths.append(missing)
     return Batch(
-        tokens=torch.tensor([t for sample in samples for t in sample.tokens]),
-        ce_weight=torch.tensor([w for sample in samples for w in sample.ce_weight]),
-        domains=domains.repeat_interleave(torch.tensor(lengths)),
+        tokens=tokens,
+        ce_weight=weights,
+        domains=domains,
         domain_names=names,
         layout=Layout.packed(lengths),
+        num_samples=len(samples),
     )
+
+
+def share_samples(samples: Sequence[Sample], axis: Axis) -> list[Sample]:
+    """Return this process's share of `samples`, which are the same on all of `axis`, in order.
+
+    Longest first, each goes to the process that has the fewest tokens; of equals to the first.
+    """
+    sizes, mine = [0] * axis.size, []
+    for i in sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens)):
+        owner = sizes.index(min(sizes))
+        sizes[owner] += len(samples[i].tokens)
+        if owner == axis.index:
+            mine.append(i)
+    return [samples[i] for i in sorted(mine)]

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from aprium.base.errors import ConfigError
 from aprium.model.model import Block, HybridModel, MoE, Routing
+from aprium.parallel.collectives import total
+from aprium.parallel.mesh import Axis
+from aprium.train.parallel import local, sum_of_squares
 
 # Role of a parameter by a part of its name; the first that fits.
 _ROLES = (
@@ -100,8 +103,11 @@ def role_of(name: str) -> str:
 
 
 @torch.no_grad()
-def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """Return the gradient's 2-norm by role of parameter."""
+def gradient_norms(model: HybridModel) -> dict[str, float]:
+    """Return the gradient's 2-norm by role of parameter, of all processes together."""
+    if model.mesh.world.size > 1:
+        found = sum_of_squares(model, role_of)
+        return {role: math.sqrt(float(square)) for role, square in sorted(found.items())}
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -111,23 +117,32 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 def first_not_finite(model: nn.Module) -> str:
-    """Name the first parameter whose value or gradient is not finite; "" if there is none."""
+    """Name the first parameter whose value or gradient is not finite; "" if there is none.
+
+    Where parameters are cut over processes, of what this one holds.
+    """
     found = dict(model.named_parameters())
     for name, parameter in found.items():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(local(parameter)).all():
             return f"the weight of {name}"
     for name, parameter in found.items():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
             return f"the gradient of {name}"
     return ""
 
 
-def expert_loads(routing: Sequence[Routing]) -> dict[str, Tensor]:
-    """Return by layer how many tokens chose each expert, float32 [E]; all depths of a head add."""
+def expert_loads(routing: Sequence[Routing], axis: Axis | None = None) -> dict[str, Tensor]:
+    """Return by layer how many tokens chose each expert, float32 [E]; all depths of a head add.
+
+    The tokens are those of all processes of `axis`.
+    """
     loads: dict[str, Tensor] = {}
     for record in routing:
         count = record.experts.flatten().bincount(minlength=record.scores.shape[1]).float()
         loads[record.name] = loads[record.name] + count if record.name in loads else count
+    if loads and axis is not None:
+        counted = total(torch.stack(list(loads.values())), axis)
+        loads = dict(zip(loads, counted, strict=True))
     return loads
 
 

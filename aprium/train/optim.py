@@ -8,7 +8,7 @@ for the scale that matches AdamW's updates); AdamW (arXiv 1711.05101); WSD with 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from aprium.base.errors import ConfigError
+from aprium.model.model import HybridModel
+from aprium.train.parallel import Matrices, cut_alike, local, matrices_of
 
 # Coefficients of the quintic iteration that drives singular values towards 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -56,13 +58,21 @@ class OptimConfig:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz, for matrices [..., rows, columns].
 
-    Leading dimensions are batches of independent matrices. The update has the root-mean-square
-    of 0.2 that AdamW's typically has, so one learning rate scale serves both.
+    Leading dimensions are batches of independent matrices; `whole` says of parameters that are cut
+    over processes how to make their matrices whole, which every process then updates. The update
+    has the root-mean-square of 0.2 that AdamW's typically has, so one learning rate scale serves
+    both.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        whole: Mapping[nn.Parameter, Matrices] | None = None,
     ) -> None:
+        self.whole = whole or {}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -80,15 +90,21 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum_buffer"]
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"])
-                shape = tuple(parameter.shape[-2:])
+                if parameter in self.whole:
+                    update = self.whole[parameter].join(update)
+                shape = tuple(update.shape[-2:])
                 by_shape[shape].append((parameter, update.reshape(-1, *shape)))
             for (rows, columns), pairs in by_shape.items():
                 updates = orthogonalise(torch.cat([update for _, update in pairs]))
                 scale = 0.2 * math.sqrt(max(rows, columns))
                 parts = updates.split([update.shape[0] for _, update in pairs])
                 for (parameter, _), part in zip(pairs, parts, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(part.view_as(parameter), alpha=-group["lr"] * scale)
+                    own = local(parameter)
+                    if parameter in self.whole:
+                        lead = own.shape[:-2]
+                        part = self.whole[parameter].cut(part.view(*lead, rows, columns))
+                    own.mul_(1 - group["lr"] * group["weight_decay"])
+                    own.add_(part.view_as(own), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -112,7 +128,7 @@ def uses_muon(name: str, parameter: Tensor) -> bool:
     return parameter.dim() >= 2 and not outside
 
 
-def build_optimisers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimisers(model: HybridModel, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """Make the optimisers over the model's trainable parameters, grouped by role."""
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
@@ -125,12 +141,13 @@ def build_optimisers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         else:
             plain.append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": part, "weight_decay": decay}
+        for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
+        for part in cut_alike(params)
     ]
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            groups,
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -139,7 +156,10 @@ def build_optimisers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     ]
     if matrices and config.muon_lr is not None:
         momentum, decay = config.muon_momentum, config.weight_decay
-        optimisers.append(Muon(matrices, config.muon_lr, momentum, decay))
+        names = {p: name for name, p in model.named_parameters()}
+        found = {p: matrices_of(names[p], p, model.plan) for p in matrices}
+        whole = {p: joined for p, joined in found.items() if joined is not None}
+        optimisers.append(Muon(matrices, config.muon_lr, momentum, decay, whole))
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["peak_lr"] = group["lr"]

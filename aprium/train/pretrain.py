@@ -2,10 +2,11 @@
 
 Under `output`: the resolved recipe, metrics, loss curve and resumable checkpoints while it runs,
 then `model/`, which every other command opens. The same recipe and output continue a run that
-was stopped.
+was stopped, with any number of processes.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,13 +25,17 @@ from aprium.envs import families
 from aprium.model.config import ModelConfig
 from aprium.model.model import HybridModel
 from aprium.model.presets import preset
+from aprium.parallel.collectives import barrier
+from aprium.parallel.mesh import Mesh, ParallelConfig
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 from aprium.train import precision
 from aprium.train.losses import LossConfig
 from aprium.train.monitor import StabilityConfig
 from aprium.train.optim import OptimConfig
+from aprium.train.parallel import shard
 from aprium.train.precision import PrecisionConfig
+from aprium.train.shards import load
 from aprium.train.trainer import Trainer, TrainerConfig
 
 log = get_logger("train")
@@ -64,6 +69,7 @@ class PretrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         """Check that a step can hold the longest sample."""
@@ -82,16 +88,32 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     CheckpointError.
     """
     config = load_toml(PretrainConfig, recipe, overrides)
+    mesh = Mesh.from_environment(config.parallel)
+    try:
+        return _run(config, mesh)
+    finally:
+        mesh.close()
+
+
+def _run(config: PretrainConfig, mesh: Mesh) -> Path | None:
     text = Text(Tokenizer.load(config.tokenizer), ChatTemplate.load(config.tokenizer), families)
     shape = _shape(config, text.tokenizer)
-    model = HybridModel(shape, dtype=torch.float32)
+    model = HybridModel(shape, dtype=torch.float32, mesh=mesh)
     model.init_weights(torch.Generator().manual_seed(config.trainer.seed))
     config.output.mkdir(parents=True, exist_ok=True)
     resolved = json.dumps(to_dict(config), indent=2)
-    (config.output / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
-    count = sum(parameter.numel() for parameter in model.parameters())
-    log.info("training %s parameters; everything is written to %s", f"{count:,}", config.output)
+    whole = (model.plan.whole_shape(name, p.shape) for name, p in model.named_parameters())
+    count = sum(math.prod(size) for size in whole)
+    if mesh.leads:
+        (config.output / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
+        log.info("training %s parameters; everything is written to %s", f"{count:,}", config.output)
     rounding = precision.attach(model, config.precision)
+    if rounding is not None and mesh.world.size > 1:
+        raise ConfigError(
+            f"[precision] emulates NVFP4 and this run has {mesh.world.size} processes: train with "
+            "one, or leave the table out"
+        )
+    shard(model)
     if rounding is not None:
         log.info("%d matrices are trained in NVFP4, emulated", len(rounding.names))
     trainer = Trainer(
@@ -107,9 +129,23 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
         before_step=rounding.begin if rounding is not None else None,
     )
     if not trainer.run():
-        log.info("stopped at step %d: the same command continues", trainer.progress.step)
+        if mesh.leads:
+            log.info("stopped at step %d: the same command continues", trainer.progress.step)
         return None
-    return export(model, config.tokenizer, config.output / "model")
+    last, directory = trainer.save(), config.output / "model"
+    if mesh.leads:
+        export(_whole(model, last), config.tokenizer, directory)
+    barrier(mesh.world)
+    return directory
+
+
+def _whole(model: HybridModel, directory: Path) -> HybridModel:
+    """Return `model` on one process, read back from its checkpoint where it is cut over many."""
+    if model.mesh.world.size == 1:
+        return model
+    whole = HybridModel(model.config, dtype=torch.float32)
+    load(directory, whole)
+    return whole
 
 
 def export(model: HybridModel, tokenizer: Path, directory: Path) -> Path:

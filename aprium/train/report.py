@@ -33,9 +33,12 @@ _ROWS = (
 
 
 class TrainingProgress:
-    """A progress bar over a table; where standard error is no terminal, lines now and then."""
+    """A progress bar over a table; where standard error is no terminal, lines now and then.
 
-    def __init__(self, total: int, done: int) -> None:
+    Nothing is shown unless `shown`.
+    """
+
+    def __init__(self, total: int, done: int, shown: bool = True) -> None:
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("[bold]train"),
@@ -48,10 +51,10 @@ class TrainingProgress:
         )
         self._task = self._bar.add_task("train", total=total, completed=done)
         self._live = Live(self._bar, console=self._console, refresh_per_second=4)
-        self._total = total
+        self._total, self._shown = total, shown
 
     def __enter__(self) -> "TrainingProgress":
-        if self._console.is_terminal:
+        if self._shown and self._console.is_terminal:
             self._live.start()
         return self
 
@@ -61,11 +64,13 @@ class TrainingProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._console.is_terminal:
+        if self._shown and self._console.is_terminal:
             self._live.stop()
 
     def update(self, step: int, figures: Figures, heldout: Figures | None) -> None:
         """Show the figures of a finished step, and the last evaluation."""
+        if not self._shown:
+            return
         self._bar.update(self._task, completed=step)
         if self._console.is_terminal:
             self._live.update(Group(self._bar, _table(figures, heldout)))

@@ -1,11 +1,13 @@
 """The training loop over packed samples: steps, evaluation, checkpoints, resuming, rolling back.
 
-It does not know which stage it serves: it takes batches of `Sample`s and a model. Under `output`
+It does not know which stage it serves: it takes batches of `Sample`s and a model, which may be cut
+over processes: then all run the same loop, and the first writes and shows. Under `output`
 come checkpoints (see `train/checkpoint.py`), the figures of steps and evaluations as JSON lines in
 `metrics.jsonl`, and a page of their curves. Resuming continues bit for bit on the same machine.
 """
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -22,8 +24,9 @@ from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Sample
 from aprium.model.model import HybridModel
-from aprium.train import checkpoint
-from aprium.train.batch import Batch, collate
+from aprium.parallel.collectives import any_true, barrier, total
+from aprium.train import checkpoint, shards
+from aprium.train.batch import Batch, collate, share_samples
 from aprium.train.losses import LossConfig, Losses, Whole, compute_losses
 from aprium.train.monitor import (
     DivergenceError,
@@ -43,6 +46,7 @@ from aprium.train.optim import (
     schedule_factor,
     set_learning_rates,
 )
+from aprium.train.parallel import clip_gradients, reshard
 from aprium.train.report import TrainingProgress, write_page
 from aprium.train.sinks import Sink, flatten, open_sinks
 
@@ -89,8 +93,8 @@ class TrainerConfig:
     `steps` may be changed when resuming: with the "wsd" schedule that moves the decay. `threads`
     None leaves PyTorch's own choice. `dtype` is that of activations; weights, optimiser and
     gradient sums are float32. A step is run in parts of at most `micro_tokens` tokens, whose
-    gradients add up; with `recompute` the layers' activations are made again for the gradient.
-    `sinks` may name "tensorboard" and "wandb".
+    gradients add up (of all processes together); with `recompute` the layers' activations are made
+    again for the gradient. `sinks` may name "tensorboard" and "wandb".
     """
 
     steps: int
@@ -156,13 +160,14 @@ class Trainer:
         self.teacher, self.objective = teacher, objective
         self.before_step = before_step
         self.model, self.source, self.heldout = model, source, list(heldout)
+        self.mesh = model.mesh
         self.output, self.optim, self.loss, self.config = output, optim, loss, config
         self.optimisers = build_optimisers(model, optim)
         self.progress = _Progress()
         self.stability = stability or StabilityConfig()
         self.spikes = Spikes(self.stability)
         self.recipe = recipe
-        self._stop = False
+        self._stop = self._stopped = False
         self._sinks: list[Sink] = []
         model.compute_dtype = getattr(torch, config.dtype)
         output.mkdir(parents=True, exist_ok=True)
@@ -180,19 +185,25 @@ class Trainer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.resume()
-        self._sinks = open_sinks(self.config.sinks, self.output, {"recipe": self.recipe})
+        if self.mesh.leads:
+            self._sinks = open_sinks(self.config.sinks, self.output, {"recipe": self.recipe})
         if self.stability.action != "stop":
             self.save()  # there must be something to go back to
         handlers = {s: signal.signal(s, self._request_stop) for s in _stop_signals()}
         try:
-            with TrainingProgress(self.config.steps, self.progress.step) as bar:
-                while self.progress.step < self.last_step and not self._stop:
+            with TrainingProgress(self.config.steps, self.progress.step, self.mesh.leads) as bar:
+                while self.progress.step < self.last_step and not self._agree_to_stop():
                     self._advance(bar)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         self.save()
-        return not self._stop
+        return not self._stopped
+
+    def _agree_to_stop(self) -> bool:
+        """Tell whether any process was asked to stop; all get the same answer."""
+        self._stopped = any_true(self._stop, self.mesh.world)
+        return self._stopped
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
@@ -213,7 +224,8 @@ class Trainer:
             result = self.evaluate()
             progress.heldout.append(result)
             self._write_metrics("heldout", result)
-            write_page(progress.train, progress.heldout, self.recipe, self.output)
+            if self.mesh.leads:
+                write_page(progress.train, progress.heldout, self.recipe, self.output)
         # What may be the beginning of a divergence is nothing to go back to.
         whole = not self.spikes.num_above and progress.step < self.last_step
         if progress.step % config.checkpoint_every == 0 and whole:
@@ -241,7 +253,9 @@ class Trainer:
         if stability.action == "anneal" and self.progress.decay_from is None:
             self.progress.decay_from = self.progress.step
         self.spikes = Spikes(stability)
-        checkpoint.replace_state(checkpoint.complete(self.output)[-1], self._state())
+        if self.mesh.leads:
+            checkpoint.replace_state(checkpoint.complete(self.output)[-1], self._state())
+        barrier(self.mesh.world)
         event = {"step": self.progress.step, "from_step": begun, "cause": str(cause)}
         self._write_metrics("rollback", event)
         log.warning("step %d: %s; back to step %d", begun, cause, self.progress.step)
@@ -257,8 +271,9 @@ class Trainer:
             self.before_step(progress.step)
         factor = schedule_factor(progress.step, config.steps, self.optim, progress.decay_from)
         set_learning_rates(self.optimisers, factor)
-        parts = [collate(part) for part in _parts(samples, config.micro_tokens)]
-        weight = sum(float(part.ce_weight[part.predicted(1)].sum()) for part in parts)
+        cut = list(_parts(samples, config.micro_tokens))
+        weight = sum(_weight(part) for part in cut)
+        parts = [self._collate(part) for part in cut]
         whole, found = Whole(weight, len(samples)), list[Losses]()
         with residual_norms(self.model, monitor) as residual:
             for part in parts:
@@ -272,20 +287,20 @@ class Trainer:
                 )
                 losses.total.backward()
                 found.append(losses)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
         norms = gradient_norms(self.model) if monitor else {}
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.optim.max_grad_norm)
-        if not (torch.isfinite(grad_norm) and all(torch.isfinite(f.total) for f in found)):
+        grad_norm = clip_gradients(self.model, self.optim.max_grad_norm)
+        losses = [f.ce + f.kl + f.mtp + f.balance for f in found]
+        if not all(map(math.isfinite, (float(grad_norm), *losses))):
             where = first_not_finite(self.model) or "the loss"
             self._forget_gradients()
             raise DivergenceError(f"{where} is not finite")
         for optimiser in self.optimisers:
             optimiser.step()
         self._forget_gradients()
-        loads = expert_loads([record for losses in found for record in losses.routing])
+        loads = expert_loads([r for f in found for r in f.routing], self.mesh.data)
         balance_experts(self.model, loads, self.loss.bias_rate)
         vios = max_violations(loads)
-        tokens = sum(part.layout.num_tokens for part in parts)
+        tokens = sum(len(sample.tokens) for sample in samples)
         progress.step += 1
         progress.tokens += tokens
         figures: dict[str, Any] = {
@@ -314,7 +329,7 @@ class Trainer:
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         for begin in range(0, len(self.heldout), 32):
-            batch = collate(self.heldout[begin : begin + 32])
+            batch = self._collate(self.heldout[begin : begin + 32])
             losses = compute_losses(self.model, batch, LossConfig(mtp_weight=0.0))
             weights = batch.ce_weight[losses.predicted]
             domains = batch.domains[losses.predicted]
@@ -323,17 +338,36 @@ class Trainer:
                 nll = -(losses.logprobs * weights)[mask].sum()
                 sums[name] = sums.get(name, 0.0) + float(nll)
                 counts[name] = counts.get(name, 0.0) + float(weights[mask].sum())
+        reshard(self.model)
+        if self.mesh.data.size > 1:
+            names = sorted({sample.domain for sample in self.heldout})
+            pairs = [[sums.get(name, 0.0), counts.get(name, 0.0)] for name in names]
+            pairs = total(torch.tensor(pairs, dtype=torch.float64), self.mesh.data).tolist()
+            sums = {name: nll for name, (nll, _) in zip(names, pairs, strict=True)}
+            counts = {name: count for name, (_, count) in zip(names, pairs, strict=True)}
         domains_loss = {name: sums[name] / max(counts[name], 1.0) for name in sorted(sums)}
-        total = sum(sums.values()) / max(sum(counts.values()), 1.0)
-        return {"step": self.progress.step, "loss": total, "domains": domains_loss}
+        loss = sum(sums.values()) / max(sum(counts.values()), 1.0)
+        return {"step": self.progress.step, "loss": loss, "domains": domains_loss}
+
+    def _collate(self, samples: Sequence[Sample]) -> Batch:
+        """Pack this process's share of `samples`; every cp process gets at least one token."""
+        least = self.mesh.cp.size if self.mesh.world.size > 1 else 0
+        return collate(share_samples(samples, self.mesh.dp), least)
 
     def save(self) -> Path:
         """Write checkpoint `step-N` and drop the oldest beyond those kept."""
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        tensors = self._optimiser_tensors()
-        final = checkpoint.write(self.output, self.progress.step, weights, tensors, self._state())
-        for old in checkpoint.complete(self.output)[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
+        if self.mesh.world.size > 1:
+            final = shards.write(
+                self.output, self.progress.step, self.model, self.optimisers, self._state()
+            )
+        else:
+            weights = {name: p.detach() for name, p in self.model.named_parameters()}
+            tensors, step = self._optimiser_tensors(), self.progress.step
+            final = checkpoint.write(self.output, step, weights, tensors, self._state())
+        if self.mesh.leads:
+            for old in checkpoint.complete(self.output)[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old)
+        barrier(self.mesh.world)
         return final
 
     def _state(self) -> dict[str, Any]:
@@ -349,14 +383,18 @@ class Trainer:
         found = checkpoint.complete(self.output)
         if not found:
             return
-        weights, tensors, state = checkpoint.read(found[-1])
-        self.model.load_state_dict(weights)
-        self._restore_optimisers(tensors)
+        if self.mesh.world.size > 1 or shards.has_shards(found[-1]):
+            state = shards.read(found[-1], self.model, self.optimisers)
+        else:
+            weights, tensors, state = checkpoint.read(found[-1])
+            self.model.load_state_dict(weights)
+            self._restore_optimisers(tensors)
         self.source.load_state_dict(state["source"])
         self.progress = _Progress(**state["progress"])
         self.spikes = Spikes(self.stability, **state["spikes"])
-        self._forget_metrics_after(self.progress.step)
-        log.info("resumed from %s", found[-1])
+        if self.mesh.leads:
+            self._forget_metrics_after(self.progress.step)
+            log.info("resumed from %s", found[-1])
 
     def _slots(self) -> list[tuple[str, torch.optim.Optimizer, torch.nn.Parameter]]:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -392,12 +430,20 @@ class Trainer:
         partial.replace(file)
 
     def _write_metrics(self, kind: str, figures: dict[str, Any]) -> None:
+        if not self.mesh.leads:
+            return
         if kind != "rollback":
             flat = flatten({k: v for k, v in figures.items() if k != "step"}, kind)
             for sink in self._sinks:
                 sink(figures["step"], flat)
         with (self.output / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"kind": kind, **figures}) + "\n")
+
+
+def _weight(samples: Sequence[Sample]) -> float:
+    """Return the weight of what can be predicted: all but the first tokens."""
+    part = collate(samples)
+    return float(part.ce_weight[part.predicted(1)].sum())
 
 
 def _parts(samples: Sequence[Sample], budget: int | None) -> Iterator[list[Sample]]:

@@ -1,9 +1,11 @@
 """Routing and grouped experts against one token and one expert at a time."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from aprium.ops.moe import grouped_experts, route
+from aprium.ops.moe import choose, grouped_experts, run_sorted, weigh
 
 
 def one_token(scores, bias, active, groups, active_groups, normalise, scale):
@@ -26,15 +28,8 @@ def test_route(experts: int, active: int, groups: int, kept: int, normalise: boo
     generator = torch.Generator().manual_seed(experts)
     scores = torch.rand(20, experts, generator=generator, dtype=torch.float64)
     bias = torch.randn(experts, generator=generator)
-    weights, chosen = route(
-        scores,
-        bias,
-        num_active=active,
-        num_groups=groups,
-        num_active_groups=kept,
-        normalise=normalise,
-        scale=2.5,
-    )
+    chosen = choose(scores, bias, num_active=active, num_groups=groups, num_active_groups=kept)
+    weights = weigh(scores, chosen, normalise=normalise, scale=2.5)
     for t in range(20):
         expected = one_token(
             scores[t].tolist(), bias.tolist(), active, groups, kept, normalise, 2.5
@@ -46,7 +41,8 @@ def test_route(experts: int, active: int, groups: int, kept: int, normalise: boo
 
 def test_bias_selects_but_does_not_weigh() -> None:
     scores = torch.tensor([[0.9, 0.1, 0.5]])
-    weights, chosen = route(scores, torch.tensor([0.0, 64.0, 0.0]), num_active=1, normalise=False)
+    chosen = choose(scores, torch.tensor([0.0, 64.0, 0.0]), num_active=1)
+    weights = weigh(scores, chosen, normalise=False)
     assert chosen.tolist() == [[1]]
     assert weights.item() == pytest.approx(0.1)
 
@@ -57,7 +53,8 @@ def test_grouped_experts_and_gradients() -> None:
     x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     chosen = torch.stack([torch.randperm(4)[:2].sort().values for _ in range(9)])
     weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
-    found = grouped_experts(x, weights, chosen, lambda e, rows: rows @ matrices[e].T)
+    run = partial(run_sorted, apply=lambda e, rows: rows @ matrices[e].T)
+    found = grouped_experts(x, weights, chosen, run)
     expected = torch.stack(
         [sum(weights[t, a] * (matrices[chosen[t, a]] @ x[t]) for a in range(2)) for t in range(9)]
     )

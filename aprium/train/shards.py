@@ -1,0 +1,284 @@
+"""Training checkpoints of many processes, and those of one read by many.
+
+One process writes `model.safetensors` and `optimiser.safetensors`. Many write `shards/` together,
+each what it holds, through `torch.distributed.checkpoint`. Either is read by any number of
+processes on any mesh: tensors are addressed as blocks of the whole, and every process reads the
+blocks it needs. Keys are "model/NAME" and "optimiser/NAME/LEAF".
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from aprium.base.errors import CheckpointError
+from aprium.model.model import HybridModel
+from aprium.parallel.collectives import barrier
+from aprium.train.parallel import local, own_pieces
+
+_SHARDS = "shards"
+_FILES = ("model", "optimiser")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """A whole tensor's shape, and the blocks of it that this process holds: offset and view."""
+
+    shape: tuple[int, ...]
+    blocks: list[tuple[tuple[int, ...], Tensor]]
+
+
+Optimisers = list[torch.optim.Optimizer]
+
+
+def has_shards(directory: Path) -> bool:
+    """Tell whether checkpoint `directory` was written by many processes."""
+    return (directory / _SHARDS).exists()
+
+
+def write(
+    output: Path, step: int, model: HybridModel, optimisers: Optimisers, state: dict[str, Any]
+) -> Path:
+    """Write checkpoint `step-N` under `output`, on all processes at once; return its directory.
+
+    It is written beside its name and renamed into place, unless it is there.
+    """
+    final, world = output / f"step-{step:06d}", model.mesh.world
+    if final.exists():
+        return final
+    partial = output / f"{final.name}.partial"
+    if model.mesh.leads:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    barrier(world)
+    writer = FileSystemWriter(partial / _SHARDS)
+    checkpoint.save(
+        dict(_entries(model, optimisers)), storage_writer=writer, planner=_SavePlanner()
+    )
+    barrier(world)
+    if model.mesh.leads:
+        text = json.dumps({**state, "digests": {}})
+        (partial / "state.json").write_text(text, encoding="utf-8")
+        partial.rename(final)
+    barrier(world)
+    return final
+
+
+def read(directory: Path, model: HybridModel, optimisers: Optimisers) -> dict[str, Any]:
+    """Read checkpoint `directory` into `model` and `optimisers`; return the state beside them.
+
+    Raises CheckpointError for a damaged file.
+    """
+    try:
+        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        state.pop("digests")
+        load(directory, model, optimisers)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint {directory} cannot be read ({error}): delete it to resume from the one "
+            "before"
+        ) from error
+    return state
+
+
+def load(directory: Path, model: HybridModel, optimisers: Optimisers | None = None) -> None:
+    """Read what one process or many wrote into `model` and the state of `optimisers`.
+
+    Raises CheckpointError when the parameters are not those of `model`, and OSError, ValueError or
+    SafetensorError when a file cannot be read.
+    """
+    shapes = _shapes(directory)
+    missing = {f"model/{name}" for name, _ in model.named_parameters()} - shapes.keys()
+    if missing:
+        raise CheckpointError(
+            f"{directory} has no {min(missing).removeprefix('model/')}: it is of another model"
+        )
+    if optimisers is not None:
+        _make_room(model, optimisers, shapes)
+    entries = _entries(model, optimisers or [])
+    for key, entry in entries.items():
+        if shapes[key] != entry.shape:
+            raise CheckpointError(
+                f"{directory}: {key} has shape {shapes[key]} and not {entry.shape}: it is of "
+                "another model"
+            )
+    if (directory / _SHARDS).exists():
+        _read_shards(directory / _SHARDS, entries, alone=model.mesh.world.size == 1)
+    else:
+        _read_files(directory, entries)
+
+
+def _slots(
+    model: HybridModel, optimisers: Optimisers
+) -> list[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+    names = {p: name for name, p in model.named_parameters()}
+    return [
+        (names[p], p, optimiser)
+        for optimiser in optimisers
+        for group in optimiser.param_groups
+        for p in group["params"]
+    ]
+
+
+def _entries(model: HybridModel, optimisers: Optimisers) -> dict[str, Entry]:
+    found = {f"model/{name}": _entry(model, name, p, p) for name, p in model.named_parameters()}
+    for name, p, optimiser in _slots(model, optimisers):
+        for leaf, value in optimiser.state[p].items():
+            found[f"optimiser/{name}/{leaf}"] = _entry(model, name, p, value)
+    return found
+
+
+def _entry(model: HybridModel, name: str, parameter: nn.Parameter, value: Tensor) -> Entry:
+    """Return `value`, cut as `parameter` is; one of another shape is the same on all processes."""
+    value = value.detach()
+    if value.shape != parameter.shape:
+        return Entry(tuple(value.shape), [((0,) * value.dim(), value)])
+    shape, pieces = own_pieces(name, parameter, model.plan)
+    held = local(value)
+    return Entry(shape, [(tuple(s.start for s in p.whole), held[p.part]) for p in pieces])
+
+
+def _make_room(
+    model: HybridModel, optimisers: Optimisers, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Give every parameter the state tensors that the checkpoint has of it."""
+    leaves: dict[str, list[str]] = {}
+    for key in shapes:
+        file, _, rest = key.partition("/")
+        if file == "optimiser":
+            name, _, leaf = rest.rpartition("/")
+            leaves.setdefault(name, []).append(leaf)
+    for name, p, optimiser in _slots(model, optimisers):
+        whole = model.plan.whole_shape(name, p.shape)
+        optimiser.state[p] = {}
+        for leaf in leaves.get(name, ()):
+            shape = shapes[f"optimiser/{name}/{leaf}"]
+            value = torch.zeros_like(p) if shape == whole else torch.zeros(shape)
+            optimiser.state[p][leaf] = value.detach()
+
+
+def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    if (directory / _SHARDS).exists():
+        found = FileSystemReader(directory / _SHARDS).read_metadata().state_dict_metadata
+        return {key: tuple(getattr(value, "size", ())) for key, value in found.items()}
+    shapes = {}
+    for file in _FILES:
+        with safe_open(directory / f"{file}.safetensors", framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (the handle is no mapping)
+                shapes[f"{file}/{key}"] = tuple(tensors.get_slice(key).get_shape())
+    return shapes
+
+
+def _read_files(directory: Path, entries: Mapping[str, Entry]) -> None:
+    for file in _FILES:
+        with safe_open(directory / f"{file}.safetensors", framework="pt") as tensors:
+            for key, entry in entries.items():
+                prefix, _, name = key.partition("/")
+                if prefix != file:
+                    continue
+                for offset, block in entry.blocks:
+                    ends = (begin + n for begin, n in zip(offset, block.shape, strict=True))
+                    bounds = tuple(map(slice, offset, ends))
+                    found = tensors.get_slice(name)[bounds] if bounds else tensors.get_tensor(name)
+                    block.copy_(found)
+
+
+def _read_shards(directory: Path, entries: Mapping[str, Entry], alone: bool) -> None:
+    reader = FileSystemReader(directory)
+    try:
+        with warnings.catch_warnings():
+            if alone:  # it warns that there is one process, which is what `no_dist` says
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            checkpoint.load(
+                dict(entries), storage_reader=reader, planner=_LoadPlanner(), no_dist=alone
+            )
+    except CheckpointException as error:
+        causes = "; ".join(str(cause[0]) for cause in error.failures.values())
+        raise ValueError(f"{directory}: {causes}") from error
+
+
+def _find(entries: Mapping[str, Any], index: MetadataIndex) -> Tensor:
+    blocks = entries[index.fqn].blocks
+    return next(block for offset, block in blocks if torch.Size(offset) == index.offset)
+
+
+def _chunks(entry: Entry) -> list[ChunkStorageMetadata]:
+    return [
+        ChunkStorageMetadata(offsets=torch.Size(offset), sizes=block.shape)
+        for offset, block in entry.blocks
+    ]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Write every block of every entry; blocks that several processes hold are written once."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for key, entry in self.state_dict.items():
+            for chunk, (_, block) in zip(_chunks(entry), entry.blocks, strict=True):
+                data = TensorWriteData(
+                    chunk=chunk,
+                    properties=TensorProperties.create_from_tensor(block),
+                    size=torch.Size(entry.shape),
+                )
+                index = MetadataIndex(key, chunk.offsets)
+                items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return _find(self.state_dict, index).contiguous()
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Read every block of every entry from the blocks that were written."""
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        # The default looks into the values for tensors on the meta device; these have none.
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for key, entry in self.state_dict.items():
+            found = self.metadata.state_dict_metadata[key]
+            assert isinstance(found, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(key, found, _chunks(entry))
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return _find(self.state_dict, index)

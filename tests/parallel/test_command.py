@@ -1,0 +1,93 @@
+"""`torchrun` and the command line: a recipe trained by two processes, exported as by one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from aprium.checkpoint.load import load_checkpoint
+from aprium.model.model import HybridModel
+from tests.family import write_tokenizer
+
+RECIPE = """
+output = "{0}/out"
+tokenizer = "{0}/tokenizer"
+preset = "toy"
+tokens_per_step = 256
+
+[model]
+vocab_size = 512
+
+[trainer]
+steps = 2
+threads = 1
+
+[optim]
+lr = 1e-4
+muon_lr = 1e-4
+
+[data]
+max_length = 64
+heldout_samples = 3
+
+[[data.sources]]
+kind = "text"
+name = "text"
+path = "{0}/text.jsonl"
+heldout = "{0}/text.jsonl"
+"""
+
+
+def test_torchrun_trains_and_exports_what_one_process_does(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer")
+    rows = [json.dumps({"text": f"line {i} of a small text " * 4}) for i in range(9)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(tmp_path))
+    command = ["-m", "aprium.cli", "pretrain", "--recipe", str(recipe)]
+    _run([*command, "--set", f"output={tmp_path}/one"])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    lines = _run([*launcher, *command, "--set", "parallel.ep=2"])
+    assert lines.count("step 2/2") == 1
+    one, two = (_read(tmp_path / name / "model") for name in ("one", "out"))
+    for (name, a), b in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b[1], rtol=1e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert _metrics(tmp_path / "one") == _metrics(tmp_path / "out")
+
+
+def test_mesh_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(tmp_path))
+    command = ["-m", "aprium.cli", "pretrain", "--recipe", str(recipe), "--set", "parallel.tp=2"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "torchrun --nproc-per-node" in done.stderr and "Traceback" not in done.stderr
+
+
+def _run(arguments: list[str]) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def _read(directory: Path) -> HybridModel:
+    model = load_checkpoint(directory).model
+    assert isinstance(model, HybridModel)
+    return model
+
+
+def _metrics(output: Path) -> list[tuple[float, ...]]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [(f["step"], round(f["loss"], 3)) for f in found]
