@@ -111,6 +111,13 @@ class Mesh:
             dist.destroy_process_group()
 
 
+def require_one_process(what: str) -> None:
+    """Raise ConfigError where `torchrun` started several processes for `what`, which takes one."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise ConfigError(f"{what} takes one process and torchrun started {world}: start it alone")
+
+
 def _check_sizes(config: ParallelConfig, world: int) -> None:
     inner = config.tp * config.cp
     if world % inner:

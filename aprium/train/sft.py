@@ -27,6 +27,7 @@ from aprium.data.loader import Alternation, Loader
 from aprium.data.sources import DataConfig, Text, heldout_samples
 from aprium.envs import families
 from aprium.model.model import HybridModel
+from aprium.parallel.mesh import require_one_process
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 from aprium.train import checkpoint, lora, precision
@@ -108,6 +109,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     checkpoint, or None when asked to stop before the end. Raises ConfigError, DataError or
     CheckpointError.
     """
+    require_one_process("aprium sft")
     config = load_toml(SftConfig, recipe, overrides)
     path = resolve(config.checkpoint)
     text = read_text(path)
