@@ -25,6 +25,12 @@ def _schema(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 _TEXT, _CODE = {"type": "string"}, {"type": "integer"}
+# One event of a stream; what its data is depends on the route.
+_EVENT = {
+    "type": "object",
+    "properties": {"data": _TEXT, "event": _TEXT},
+    "required": ["data"],
+}
 _ERROR = _schema(
     {
         "error": _schema(
@@ -50,7 +56,7 @@ def describe(app: FastAPI, keyed: bool) -> dict[str, Any]:
         for operation in methods.values():
             found = {"application/json": {"schema": _OBJECT}}
             if path in _STREAMS:
-                found["text/event-stream"] = {"schema": _TEXT}
+                found["text/event-stream"] = {"schema": _EVENT}
             if path == "/metrics":
                 found = {"text/plain": {"schema": _TEXT}}
             operation["responses"] = {

@@ -8,7 +8,7 @@ caching and billing are ignored. No torch here.
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from aprium.base.errors import RequestError
 from aprium.serve.wire import ChatRequest
@@ -133,8 +133,8 @@ class MessagesRequest(CountTokensRequest):
 
     max_tokens: StrictInt = Field(ge=0)
     stream: StrictBool = False
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
     top_k: StrictInt | None = None
     stop_sequences: list[StrictStr] | None = None
     output_format: dict[str, Any] | None = None

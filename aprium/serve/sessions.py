@@ -11,7 +11,7 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictStr
 from starlette.requests import Request
 
 from aprium.base.errors import RequestError
@@ -43,7 +43,7 @@ class ForkSession(BaseModel):
 class ResumeSession(BaseModel):
     """The body of POST /v1/sessions/{id}/resume."""
 
-    stream: bool = False
+    stream: StrictBool = False
 
 
 def describe(record: "SessionRecord", whole: bool = False) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    StrictBool,
+    StrictFloat,
     StrictInt,
     StrictStr,
     Tag,
@@ -111,7 +113,7 @@ class _Body(UnsupportedFields):
 class StreamOptions(BaseModel):
     """`include_usage` adds a last chunk with token counts."""
 
-    include_usage: bool = False
+    include_usage: StrictBool = False
 
 
 class _Generation(_Body):
@@ -120,28 +122,28 @@ class _Generation(_Body):
     Those from `response_format` on ask for a form of the answer: see `serve/guided`.
     """
 
-    stream: bool = False
+    stream: StrictBool = False
     stream_options: StreamOptions | None = None
     cache_salt: StrictStr = ""
     priority: StrictInt = 0
-    deadline_s: float | None = None
+    deadline_s: StrictFloat | None = None
     n: StrictInt | None = None
     best_of: StrictInt | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
     top_k: StrictInt | None = None
-    min_p: float | None = None
+    min_p: StrictFloat | None = None
     seed: StrictInt | None = None
     stop: StrictStr | list[StrictStr] | None = None
     stop_token_ids: list[StrictInt] | None = None
-    ignore_eos: bool = False
+    ignore_eos: StrictBool = False
     min_tokens: StrictInt | None = None
     max_tokens: StrictInt | None = None
-    return_token_ids: bool = False
-    logit_bias: dict[StrictStr, float] | None = None
+    return_token_ids: StrictBool = False
+    logit_bias: dict[StrictStr, StrictFloat] | None = None
     prompt_logprobs: StrictInt | None = None
-    timings: bool = False
-    timings_per_token: bool = False
+    timings: StrictBool = False
+    timings_per_token: StrictBool = False
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | StrictStr | None = None
@@ -199,9 +201,9 @@ class CompletionRequest(_Generation):
     """The body of /v1/completions."""
 
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_read_prompt)]
-    echo: bool = False
+    echo: StrictBool = False
     logprobs: StrictInt | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: StrictBool = True
 
     def refuse_unsupported(self) -> None:
         """Raise RequestError for a field that would change the answer and is not supported."""
@@ -309,7 +311,7 @@ class _Conversation(_Body):
     messages: list[WireMessage] = Field(min_length=1)
     tools: list[Tool] | None = None
     tool_choice: Any = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: StrictBool = True
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: StrictStr | None = None
 
@@ -341,11 +343,11 @@ class ChatRequest(_Conversation, _Generation):
     """The body of /v1/chat/completions."""
 
     max_completion_tokens: StrictInt | None = None
-    logprobs: bool = False
+    logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None
     session: StrictStr | None = None
-    parallel_tool_calls: bool = True
-    include_reasoning: bool = True
+    parallel_tool_calls: StrictBool = True
+    include_reasoning: StrictBool = True
     thinking_token_budget: StrictInt | None = None
     reasoning_budget: StrictInt | None = None
     reasoning_budget_tokens: StrictInt | None = None
@@ -412,14 +414,14 @@ class TokenizeRequest(_Body):
     """The body of /tokenize with a plain prompt."""
 
     prompt: StrictStr
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: StrictBool = True
+    return_token_strs: StrictBool = False
 
 
 class TokenizeChatRequest(_Conversation):
     """The body of /tokenize with a conversation."""
 
-    return_token_strs: bool = False
+    return_token_strs: StrictBool = False
 
 
 def _kind_of_tokenize(body: Any) -> str:
@@ -451,10 +453,10 @@ class EmbeddingsRequest(_Body):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: StrictInt | None = None
     pooling: Literal["last", "mean"] = "last"
-    normalize: bool = True
+    normalize: StrictBool = True
     cache_salt: StrictStr = ""
     priority: StrictInt = 0
-    deadline_s: float | None = None
+    deadline_s: StrictFloat | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """Return the inputs one by one."""

@@ -79,12 +79,14 @@ def experts(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def our_experts(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    weights, chosen = moe.route(sigmoid(scores), BIAS, num_active=2, scale=2.5)
+    every = sigmoid(scores)
+    chosen = moe.choose(every, BIAS, num_active=2)
 
     def apply(expert: int, rows: Tensor) -> Tensor:
         return linear(F.relu(linear(rows, up[expert])).square(), down[expert])
 
-    return moe.grouped_experts(x, weights, chosen, apply)
+    weights = moe.weigh(every, chosen, scale=2.5)
+    return moe.grouped_experts(x, weights, chosen, lambda r, e: moe.run_sorted(r, e, apply))
 
 
 TARGETS = torch.randint(0, 11, (NUM_TOKENS,), generator=GENERATOR)
