@@ -36,14 +36,17 @@ def recipe_options(function: Any) -> Any:
 def sft(recipe: Path, settings: tuple[str, ...]) -> None:
     """Fine-tune a checkpoint on conversations or text, or go on with a run that was stopped.
 
-    The result is written to OUTPUT/model, the held-out loss before and after to
-    OUTPUT/heldout.json. recipes/sft-pico.toml and recipes/long-context-pico.toml are complete.
+    The result is written to OUTPUT/model, or with a [lora] table to OUTPUT/adapter, the held-out
+    loss before and after to OUTPUT/heldout.json. recipes/sft-pico.toml and
+    recipes/long-context-pico.toml are complete.
     """
     configure_logging()
     from aprium.train.sft import run
 
     directory = run(recipe, dict(setting(text) for text in settings))
-    if directory is not None:
+    if directory is not None and (directory / "adapter_config.json").exists():
+        click.echo(f"{directory}: merge it with aprium lora-merge CHECKPOINT {directory} OUT")
+    elif directory is not None:
         click.echo(f"{directory}: open it with aprium chat {directory}")
 
 
