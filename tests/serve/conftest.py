@@ -69,10 +69,10 @@ class FakeEngine:
             raise RequestError("the prompt is too long", param="prompt")
         self.calls.append((tuple(tokens), params))
         self.thinking, self.options = thinking, options
-        return self._run(tuple(tokens), params)
+        return self._run(tuple(tokens), params, embeds=bool(options.get("pooling")))
 
     async def _run(
-        self, prompt: tuple[int, ...], params: SamplingParams
+        self, prompt: tuple[int, ...], params: SamplingParams, *, embeds: bool
     ) -> AsyncIterator[Completion]:
         self.running += 1
         try:
@@ -91,7 +91,9 @@ class FakeEngine:
                     await asyncio.Event().wait()
             if limit == 0:
                 for index in range(params.n):
-                    yield self._completion(index, prompt, (), (), params)
+                    done = self._completion(index, prompt, (), (), params)
+                    vector = (3.0, 0.0, 4.0) if embeds else None
+                    yield dataclasses.replace(done, embedding=vector)
         finally:
             self.running -= 1
             self.stopped += 1
@@ -124,7 +126,6 @@ class FakeEngine:
             index=index,
             drafted=self.drafted[0],
             accepted=self.drafted[1],
-            embedding=(3.0, 0.0, 4.0) if self.options.get("pooling") else None,
             timings=Timings(queue_s=0.5, first_token_s=1.0, total_s=3.0),
         )
 
