@@ -23,8 +23,8 @@ from aprium.base.config import load_toml
 from aprium.checkpoint.info import model_info
 from aprium.checkpoint.load import load_checkpoint
 from aprium.data.rows import read_all
+from aprium.envs.exercise import Exercise, verify
 from aprium.envs.families import draw
-from aprium.envs.task import Task, verify
 from aprium.model.layout import Layout
 from aprium.text.parse import parse
 from aprium.train.pretrain import PretrainConfig
@@ -39,10 +39,10 @@ def trained_families() -> tuple[str, ...]:
     return next(source.families for source in config.data.sources if source.kind == "tasks")
 
 
-def held_out_items(family: str, words: list[str], count: int) -> list[Task]:
+def held_out_items(family: str, words: list[str], count: int) -> list[Exercise]:
     """Draw up to `count` different held-out items of a family."""
     rng = random.Random(f"card {family}")
-    items: dict[str, Task] = {}
+    items: dict[str, Exercise] = {}
     for _ in range(count * 60):
         task = draw(family, rng, words, held_out=True)
         # The same two numbers the other way round must not have been trained on either.
@@ -54,7 +54,7 @@ def held_out_items(family: str, words: list[str], count: int) -> list[Task]:
     return list(items.values())
 
 
-def answer(llm: LLM, tasks: list[Task], *, thinking: bool) -> tuple[float, list[Completion]]:
+def answer(llm: LLM, tasks: list[Exercise], *, thinking: bool) -> tuple[float, list[Completion]]:
     """Return the share of `tasks` that the model solves, and what it said."""
     options = {"enable_thinking": thinking}
     prompts = [[task.messages(thinking=False)[0]] for task in tasks]
@@ -83,7 +83,7 @@ def draft_agreement(checkpoint: Path, completions: list[Completion]) -> float:
     return agreed / total
 
 
-def constant_baseline(tasks: list[Task]) -> float:
+def constant_baseline(tasks: list[Exercise]) -> float:
     """Return the accuracy of always giving the most frequent answer."""
     answers = Counter(task.call.arguments if task.call else task.answer for task in tasks)
     return answers.most_common(1)[0][1] / len(tasks)

@@ -71,3 +71,7 @@ class DataError(ApriumError):
 
 class QuantizeError(ApriumError):
     """A tensor, recipe or budget cannot be quantised as asked."""
+
+
+class TaskError(ApriumError):
+    """A task, its family or what grades it cannot be had: a parameter, a package, isolation."""

@@ -314,6 +314,49 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One episode: what the model read and wrote, token by token, and what that was worth.
+
+    `task` is the identity of the task and `domain` where it belongs. `sampled[t]` says whether the
+    model wrote `tokens[t]`, exactly as it came out of it; `logprobs[t]` is then the natural-log
+    probability it had, else 0. `reward` comes with its `parts` by name. `stop` is why it ended:
+    "done" by the environment, "turns", "tokens" or "deadline" at a limit, "error". An episode that
+    failed has `error` and no reward. `weight_spans` are (version of the weights, sampled tokens)
+    in order.
+    """
+
+    task: str
+    domain: str
+    tokens: tuple[int, ...]
+    sampled: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    reward: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
+    stop: Literal["done", "turns", "tokens", "deadline", "error"] = "done"
+    error: str | None = None
+    weight_spans: tuple[tuple[int, int], ...] = ()
+    num_turns: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the streams run in parallel and every sampled token has its version."""
+        assert len(self.tokens) == len(self.sampled) == len(self.logprobs), "streams must align"
+        assert sum(n for _, n in self.weight_spans) == sum(self.sampled), "versions must cover"
+        assert (self.stop == "error") == (self.error is not None), "an error stops an episode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Episodes of one task, to be compared with each other."""
+
+    task: str
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        """Check that all are of the one task."""
+        assert all(t.task == self.task for t in self.trajectories), "a group has one task"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One document or conversation for the trainer.
 

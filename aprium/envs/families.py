@@ -1,8 +1,8 @@
 """Families of verifiable tasks that a model of a few million parameters can learn.
 
-Each family is a function from a random generator to a `Task`. Solutions are worked in small steps
-(letters one by one, digits with carries), because that is what lets a small model get them right.
-The caller gives the words (lower-case letters only) that the families about words draw from.
+Each family is a function from a random generator to an `Exercise`. Solutions are worked in small
+steps (letters one by one, digits with carries), because that is what lets a small model get them
+right. The caller gives the words (lower-case letters only) that the families about words draw from.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from aprium.base.errors import DataError
 from aprium.base.records import ToolCall
-from aprium.envs.task import Task
+from aprium.envs.exercise import Exercise
 
 _PHRASES: dict[str, tuple[str, ...]] = {
     "reverse": (
@@ -60,8 +60,8 @@ WEATHER_TOOL = {
 
 def _task(
     rng: random.Random, family: str, values: tuple[object, ...], answer: object, reasoning: str = ""
-) -> Task:
-    return Task(
+) -> Exercise:
+    return Exercise(
         family=family,
         key=" ".join(map(str, values)),
         question=rng.choice(_PHRASES[family]).format(*values),
@@ -74,24 +74,24 @@ def _letters(word: str) -> str:
     return " ".join(word)
 
 
-def _reverse(rng: random.Random, words: Sequence[str]) -> Task:
+def _reverse(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
     steps = f"{_letters(word)} -> {_letters(word[::-1])}"
     return _task(rng, "reverse", (word,), word[::-1], steps)
 
 
-def _spell(rng: random.Random, words: Sequence[str]) -> Task:
+def _spell(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
     return _task(rng, "spell", (word,), _letters(word))
 
 
-def _length(rng: random.Random, words: Sequence[str]) -> Task:
+def _length(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
     steps = " ".join(f"{letter}{i}" for i, letter in enumerate(word, 1))
     return _task(rng, "length", (word,), len(word), steps)
 
 
-def _count(rng: random.Random, words: Sequence[str]) -> Task:
+def _count(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
     letter = rng.choice(word)
     seen, steps = 0, []
@@ -101,17 +101,17 @@ def _count(rng: random.Random, words: Sequence[str]) -> Task:
     return _task(rng, "count", (word, letter), seen, " ".join(steps))
 
 
-def _first(rng: random.Random, words: Sequence[str]) -> Task:
+def _first(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
     return _task(rng, "first", (word,), word[0])
 
 
-def _last(rng: random.Random, words: Sequence[str]) -> Task:
+def _last(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
     return _task(rng, "last", (word,), word[-1], _letters(word))
 
 
-def _upper(rng: random.Random, words: Sequence[str]) -> Task:
+def _upper(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
     steps = f"{_letters(word)} -> {_letters(word.upper())}"
     return _task(rng, "upper", (word,), word.upper(), steps)
@@ -127,7 +127,7 @@ def _digits(a: int, b: int) -> zip:
     return zip(*(map(int, reversed(str(n).zfill(width))) for n in (a, b)), strict=True)
 
 
-def _add(rng: random.Random, words: Sequence[str]) -> Task:
+def _add(rng: random.Random, words: Sequence[str]) -> Exercise:
     a, b = _number(rng), _number(rng)
     steps, carry = [], 0
     for x, y in _digits(a, b):
@@ -137,7 +137,7 @@ def _add(rng: random.Random, words: Sequence[str]) -> Task:
     return _task(rng, "add", (a, b), a + b, ", ".join(steps))
 
 
-def _subtract(rng: random.Random, words: Sequence[str]) -> Task:
+def _subtract(rng: random.Random, words: Sequence[str]) -> Exercise:
     a, b = sorted((_number(rng), _number(rng)), reverse=True)
     steps, borrow = [], 0
     for x, y in _digits(a, b):
@@ -147,7 +147,7 @@ def _subtract(rng: random.Random, words: Sequence[str]) -> Task:
     return _task(rng, "subtract", (a, b), a - b, ", ".join(steps))
 
 
-def _multiply(rng: random.Random, words: Sequence[str]) -> Task:
+def _multiply(rng: random.Random, words: Sequence[str]) -> Exercise:
     a, b = rng.randrange(2, 100), rng.randrange(2, 10)
     tens, ones = divmod(a, 10)
     steps = f"{ones}x{b}={ones * b}"
@@ -156,7 +156,7 @@ def _multiply(rng: random.Random, words: Sequence[str]) -> Task:
     return _task(rng, "multiply", (a, b), a * b, steps)
 
 
-def _compare(rng: random.Random, words: Sequence[str]) -> Task:
+def _compare(rng: random.Random, words: Sequence[str]) -> Exercise:
     a = _number(rng)
     b = abs(a + rng.randint(-50, 50)) if rng.random() < 0.5 else _number(rng)
     b = b if b != a else a + 1
@@ -174,7 +174,7 @@ def _show(numbers: Sequence[int]) -> str:
 def _extreme(family: str, better: Callable[[int, int], int]) -> "Family":
     """Make the family that walks a list and keeps the better of two."""
 
-    def make(rng: random.Random, words: Sequence[str]) -> Task:
+    def make(rng: random.Random, words: Sequence[str]) -> Exercise:
         numbers = _numbers(rng, 3, 6)
         best, steps = numbers[0], [str(numbers[0])]
         for number in numbers[1:]:
@@ -185,7 +185,7 @@ def _extreme(family: str, better: Callable[[int, int], int]) -> "Family":
     return make
 
 
-def _sort(rng: random.Random, words: Sequence[str]) -> Task:
+def _sort(rng: random.Random, words: Sequence[str]) -> Exercise:
     numbers = _numbers(rng, 3, 5)
     left, steps = list(numbers), []
     for number in sorted(numbers)[:-1]:
@@ -194,37 +194,37 @@ def _sort(rng: random.Random, words: Sequence[str]) -> Task:
     return _task(rng, "sort", (_show(numbers),), _show(sorted(numbers)), "; ".join(steps))
 
 
-def _repeat(rng: random.Random, words: Sequence[str]) -> Task:
+def _repeat(rng: random.Random, words: Sequence[str]) -> Exercise:
     chosen = " ".join(rng.sample(list(words), rng.randint(1, 5)))
     return _task(rng, "repeat", (chosen,), chosen)
 
 
-def _words(rng: random.Random, words: Sequence[str]) -> Task:
+def _words(rng: random.Random, words: Sequence[str]) -> Exercise:
     chosen = rng.sample(list(words), rng.randint(3, 5))
     return _task(rng, "words", (" ".join(chosen),), " ".join(reversed(chosen)))
 
 
-def _caesar(rng: random.Random, words: Sequence[str]) -> Task:
+def _caesar(rng: random.Random, words: Sequence[str]) -> Exercise:
     word, shift = rng.choice(words), rng.randint(1, 3)
     moved = [chr((ord(c) - 97 + shift) % 26 + 97) for c in word]
     steps = " ".join(f"{c}{m}" for c, m in zip(word, moved, strict=True))
     return _task(rng, "caesar", (word, shift), "".join(moved), steps)
 
 
-def _next(rng: random.Random, words: Sequence[str]) -> Task:
+def _next(rng: random.Random, words: Sequence[str]) -> Exercise:
     number = _number(rng)
     return _task(rng, "next", (number,), number + 1)
 
 
-def _even(rng: random.Random, words: Sequence[str]) -> Task:
+def _even(rng: random.Random, words: Sequence[str]) -> Exercise:
     number = _number(rng)
     return _task(rng, "even", (number,), "odd" if number % 2 else "even", f"{number % 10}")
 
 
-def _weather(rng: random.Random, words: Sequence[str]) -> Task:
+def _weather(rng: random.Random, words: Sequence[str]) -> Exercise:
     # Made-up place names too, so that copying the name is learnt and not a list of cities.
     city = rng.choice(_CITIES) if rng.random() < 0.3 else rng.choice(words).capitalize()
-    return Task(
+    return Exercise(
         family="weather",
         key=city,
         question=rng.choice(_PHRASES["weather"]).format(city),
@@ -236,7 +236,7 @@ def _weather(rng: random.Random, words: Sequence[str]) -> Task:
 # One task in sixteen is held out, so this many draws miss a side only where it is empty.
 _MAX_DRAWS = 2000
 
-Family = Callable[[random.Random, Sequence[str]], Task]
+Family = Callable[[random.Random, Sequence[str]], Exercise]
 FAMILIES: dict[str, Family] = {
     "reverse": _reverse,
     "spell": _spell,
@@ -261,7 +261,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def draw(family: str, rng: random.Random, words: Sequence[str], *, held_out: bool) -> Task:
+def draw(family: str, rng: random.Random, words: Sequence[str], *, held_out: bool) -> Exercise:
     """Draw tasks of `family` until one lies on the wanted side of the split.
 
     Raises DataError when the words are too few to give one.

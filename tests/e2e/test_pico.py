@@ -9,8 +9,8 @@ import pytest
 from aprium import LLM, SamplingParams
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.info import model_info
+from aprium.envs.exercise import verify
 from aprium.envs.families import draw
-from aprium.envs.task import verify
 from aprium.model.presets import PRESETS
 from aprium.text.parse import parse
 

@@ -7,8 +7,8 @@ import pytest
 
 from aprium.base.errors import DataError
 from aprium.base.records import ToolCall
+from aprium.envs.exercise import verify
 from aprium.envs.families import FAMILIES, draw
-from aprium.envs.task import verify
 
 WORDS = "apple plum house river garden window paper stone bread music ill wonder".split()
 

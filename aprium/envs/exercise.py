@@ -1,8 +1,8 @@
-"""A task: what is asked, the one right answer, and a worked solution to learn from.
+"""An exercise of pico's: what is asked, the one right answer, and a worked solution to learn from.
 
-Tasks are made by families (`envs.families`) from a random generator, so there is no end of them.
-Whether an item is held out follows from a hash of what is asked (the word, the numbers) and not of
-how: whatever seed and phrasing, an item that was trained on is never one that is tested on.
+Exercises are made by families (`envs.families`) from a random generator, so there is no end of
+them. Whether an item is held out follows from a hash of what is asked (the word, the numbers) and
+not of how: whatever seed and phrasing, an item that was trained on is never one that is tested on.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ _HELD_OUT_SHARE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class Exercise:
     """One verifiable item.
 
     `key` names what is asked, whatever the phrasing. `reasoning` is a worked solution, empty where
@@ -48,7 +48,7 @@ class Task:
         return Message(role="user", content=self.question), reply
 
 
-def verify(task: Task, content: str, calls: tuple[ToolCall, ...] = ()) -> bool:
+def verify(task: Exercise, content: str, calls: tuple[ToolCall, ...] = ()) -> bool:
     """Tell whether a reply solves `task`: the answer word for word, or the call asked for.
 
     Only outer and repeated white space and a full stop at the end are forgiven.

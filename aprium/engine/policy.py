@@ -1,0 +1,41 @@
+"""The embedded engine as a `Policy`: what environments, evaluations and teachers talk to."""
+
+from collections.abc import Sequence
+
+from aprium.base.errors import EngineError, RequestError
+from aprium.base.records import Completion, SamplingParams
+from aprium.engine.client import AsyncEngine
+
+
+class EnginePolicy:
+    """The model of `engine`, which stays the caller's to close.
+
+    Prompts that begin alike share what was computed of them within one `cache_salt`, turns of one
+    episode among them. Lower `priority` goes first.
+    """
+
+    def __init__(self, engine: AsyncEngine, *, cache_salt: str = "", priority: int = 0) -> None:
+        self._engine = engine
+        self._options = {"cache_salt": cache_salt, "priority": priority}
+
+    async def complete(self, tokens: Sequence[int], params: SamplingParams) -> Completion:
+        """Continue `tokens`; see `Policy`. Raises RequestError, EngineError."""
+        if params.n != 1:
+            raise RequestError(f"n is {params.n}: ask a policy once for each completion", param="n")
+        stream = self._engine.generate(tokens, params, **self._options)
+        last: Completion | None = None
+        try:
+            async for last in stream:
+                pass
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]  # it is a generator
+        if last is None or last.finish is None:
+            raise EngineError("the engine ended a completion without saying why")
+        return last
+
+    async def score(self, tokens: Sequence[int]) -> list[float | None]:
+        """Return the log-probability of each token given those before it; see `Policy`."""
+        params = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=0)
+        completion = await self.complete(tokens, params)
+        assert completion.prompt_logprobs is not None
+        return list(completion.prompt_logprobs)
