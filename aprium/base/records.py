@@ -321,8 +321,8 @@ class Trajectory:
     model wrote `tokens[t]`, exactly as it came out of it; `logprobs[t]` is then the natural-log
     probability it had, else 0. `reward` comes with its `parts` by name. `stop` is why it ended:
     "done" by the environment, "turns", "tokens" or "deadline" at a limit, "error". An episode that
-    failed has `error` and no reward. `weight_spans` are (version of the weights, sampled tokens)
-    in order.
+    failed or ran out of time has `error` and no reward. `weight_spans` are (version of the
+    weights, sampled tokens) in order.
     """
 
     task: str
@@ -341,7 +341,8 @@ class Trajectory:
         """Check that the streams run in parallel and every sampled token has its version."""
         assert len(self.tokens) == len(self.sampled) == len(self.logprobs), "streams must align"
         assert sum(n for _, n in self.weight_spans) == sum(self.sampled), "versions must cover"
-        assert (self.stop == "error") == (self.error is not None), "an error stops an episode"
+        failed = self.stop in ("error", "deadline")
+        assert failed == (self.error is not None), "what failed says why, and only that"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,8 +25,8 @@ class EnginePolicy:
         stream = self._engine.generate(tokens, params, **self._options)
         last: Completion | None = None
         try:
-            async for last in stream:
-                pass
+            async for completion in stream:
+                last = completion
         finally:
             await stream.aclose()  # type: ignore[attr-defined]  # it is a generator
         if last is None or last.finish is None:

@@ -5,13 +5,11 @@ them. Whether an item is held out follows from a hash of what is asked (the word
 not of how: whatever seed and phrasing, an item that was trained on is never one that is tested on.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
 
 from aprium.base.records import Message, ToolCall
-
-_HELD_OUT_SHARE = 16
+from aprium.envs.task import is_held_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +32,7 @@ class Exercise:
     @property
     def held_out(self) -> bool:
         """Tell whether the item belongs to the test set: one in sixteen, by its key."""
-        digest = hashlib.sha256(f"{self.family} {self.key}".encode()).digest()
-        return digest[0] % _HELD_OUT_SHARE == 0
+        return is_held_out(self.family, self.key)
 
     def messages(self, *, thinking: bool) -> tuple[Message, ...]:
         """Return question and solution as a conversation to train on."""
