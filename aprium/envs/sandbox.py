@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,15 @@ from aprium.base.errors import TaskError
 PYTHON = ("/python/bin/python3", "-s", "-B")
 _INIT = Path(__file__).with_name("sandbox_init.py")
 _UIDS = (1 << 20, 1 << 30)  # where nobody's are, one at random for each program
-_ENVIRONMENT = {"PATH": "/python/bin:/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8"}
+_ENVIRONMENT = {
+    "PATH": "/python/bin:/usr/bin:/bin",
+    "HOME": "/work",
+    "LANG": "C.UTF-8",
+    "PYTHONPATH": "/packages/own:/packages/all",  # where graders are shown them
+    "PYTHONHASHSEED": "0",  # the same order of sets every time
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +128,33 @@ def why_not() -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], shown: Mapping[str, str], limits: SandboxLimits
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Give a program that runs in a sandbox until the end of the block, to talk to over its pipes.
+
+    `shown` are more directories that it may read, by their paths inside. `limits` on the clock and
+    on output are the caller's to keep. Raises TaskError where programs cannot be isolated.
+    """
+    reason = why_not()
+    if reason is not None:
+        raise TaskError(reason)
+    with tempfile.TemporaryDirectory(prefix="aprium-sandbox-") as root:
+        spec = _spec(root, tuple(command), {}, limits, shown)
+        with _memory_file(json.dumps(spec)) as told:
+            ear, mouth = os.pipe()
+            try:
+                process = _spawn(told, mouth, subprocess.PIPE, subprocess.DEVNULL)
+            finally:
+                os.close(mouth)
+        try:
+            yield process
+        finally:
+            _kill(process)
+            os.close(ear)
+
+
 def _run(
     command: tuple[str, ...], files: dict[str, str], stdin: str, limits: SandboxLimits
 ) -> Outcome:
@@ -127,19 +162,30 @@ def _run(
         path = Path(name)
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise TaskError(f"file {name!r} does not lie in /work: give a plain relative name")
-    is_root = os.geteuid() == 0
     with tempfile.TemporaryDirectory(prefix="aprium-sandbox-") as root:
-        spec = {
-            "root": root,
-            "uid": _UIDS[0] + secrets.randbelow(_UIDS[1] - _UIDS[0]) if is_root else None,
-            "interpreter": sys.base_prefix,
-            "command": list(command),
-            "environment": _ENVIRONMENT,
-            "files": files,
-            "disk_bytes": limits.disk_bytes,
-            "limits": _rlimits(limits),
-        }
-        return _start(spec, stdin, limits, is_root)
+        return _start(_spec(root, command, files, limits, {}), stdin, limits)
+
+
+def _spec(
+    root: str,
+    command: tuple[str, ...],
+    files: dict[str, str],
+    limits: SandboxLimits,
+    shown: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return what `sandbox_init` is told; `root` is an empty directory to mount the tree on."""
+    uid = _UIDS[0] + secrets.randbelow(_UIDS[1] - _UIDS[0]) if os.geteuid() == 0 else None
+    return {
+        "root": root,
+        "uid": uid,
+        "interpreter": sys.base_prefix,
+        "shown": dict(shown),
+        "command": list(command),
+        "environment": _ENVIRONMENT,
+        "files": files,
+        "disk_bytes": limits.disk_bytes,
+        "limits": _rlimits(limits),
+    }
 
 
 def _rlimits(limits: SandboxLimits) -> dict[str, int]:
@@ -155,26 +201,34 @@ def _rlimits(limits: SandboxLimits) -> dict[str, int]:
     }
 
 
-def _start(spec: dict[str, Any], stdin: str, limits: SandboxLimits, is_root: bool) -> Outcome:
-    """Start the first process of the sandbox and watch it to its end."""
+def _spawn(told: int, mouth: int, stdin: int, stderr: int) -> "subprocess.Popen[bytes]":
+    """Start the first process of a sandbox, which reads `told` and reports to `mouth`."""
     unshare = ["unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
-    unshare += [] if is_root else ["--user", "--map-root-user"]
+    unshare += [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     interpreter = os.path.realpath(sys.executable)
+    try:
+        return subprocess.Popen(
+            [*unshare, interpreter, "-I", "-S", "-c", _INIT.read_text(), str(told), str(mouth)],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            pass_fds=(told, mouth),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise TaskError(f"unshare: {error.strerror}") from error
+
+
+def _start(spec: dict[str, Any], stdin: str, limits: SandboxLimits) -> Outcome:
+    """Start a sandbox and watch it to its end."""
     begun = time.monotonic()
     with _memory_file(json.dumps(spec)) as told, _memory_file(stdin) as given:
         ear, mouth = os.pipe()
         try:
-            process = subprocess.Popen(
-                [*unshare, interpreter, "-I", "-S", "-c", _INIT.read_text(), str(told), str(mouth)],
-                stdin=given,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=(told, mouth),
-                start_new_session=True,
-            )
-        except OSError as error:
+            process = _spawn(told, mouth, given, subprocess.PIPE)
+        except TaskError:
             os.close(ear)
-            raise TaskError(f"unshare: {error.strerror}") from error
+            raise
         finally:
             os.close(mouth)
     try:
@@ -256,6 +310,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pipe in (process.stdout, process.stderr):
+    for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe is not None:
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()

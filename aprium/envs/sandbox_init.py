@@ -58,6 +58,8 @@ def _build(spec: dict) -> None:
     for path in ("/dev/null", "/dev/zero", "/dev/urandom"):
         _show(path, root + path)
     _show(spec["interpreter"], root + "/python")
+    for path, source in spec["shown"].items():
+        _show(source, root + path)
     os.mkdir(root + "/work")
     options = f"size={spec['disk_bytes']},nr_inodes=4096,mode=700"
     _mount("tmpfs", root + "/work", "tmpfs", _NOSUID | _NODEV, options)
