@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- tree: begin -->", "<!-- tree: end -->"
 ORDER = (
-    "cli.py", "cli_train.py", "rl", "quantize", "serve", "eval", "train", "engine", "data", "envs",
-    "plan", "checkpoint", "model", "ops", "text", "parallel", "base",
+    "cli.py", "cli_train.py", "cli_env.py", "rl", "quantize", "serve", "eval", "train", "engine",
+    "data", "envs", "plan", "checkpoint", "model", "ops", "text", "parallel", "base",
 )  # fmt: skip
 
 

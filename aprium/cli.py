@@ -14,6 +14,7 @@ import click
 import aprium
 from aprium.base.errors import ApriumError, UnsupportedError
 from aprium.base.log import configure_logging
+from aprium.cli_env import env
 from aprium.cli_train import boost_mtp, data, merge_checkpoints, recipe_options, setting, sft
 
 _ENGINE_OPTIONS = (
@@ -405,7 +406,7 @@ def _batches(text: str) -> list[int]:
     return sizes
 
 
-for command in (sft, boost_mtp, merge_checkpoints, data):
+for command in (sft, boost_mtp, merge_checkpoints, data, env):
     cli.add_command(command)
 
 

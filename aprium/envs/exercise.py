@@ -32,7 +32,7 @@ class Exercise:
     @property
     def held_out(self) -> bool:
         """Tell whether the item belongs to the test set: one in sixteen, by its key."""
-        return is_held_out(self.family, self.key)
+        return is_held_out(f"{self.family} {self.key}")
 
     def messages(self, *, thinking: bool) -> tuple[Message, ...]:
         """Return question and solution as a conversation to train on."""

@@ -1,4 +1,8 @@
-"""A family of tasks: how they are drawn, split, checked on known answers, and guessed by constants."""
+"""A family of tasks: drawn, split by what is asked, checked on known answers, guessed by constants.
+
+A checker that was never tried on answers of known worth is a reward to be hacked, so every family
+brings wrong answers beside its solutions, and `validate` grades both.
+"""
 
 import asyncio
 import importlib

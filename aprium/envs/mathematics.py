@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from aprium.base.errors import TaskError
 from aprium.base.records import Message
-from aprium.envs.answer import final_answer, last_boxed
+from aprium.envs.answer import last_boxed
 from aprium.envs.env import Env, SingleTurn
 from aprium.envs.family import optional
 from aprium.envs.task import Task, say
@@ -169,13 +169,14 @@ class Mathematics:
         """Return no answer, no number, the question, and the answer plus one."""
         answer = task.data["answer"]
         near = rf"\boxed{{{answer} + 1}}" if "," not in answer else r"\boxed{(101, 103)}"
-        texts = ("", r"\boxed{}", r"\boxed{?}", near, f"It is not {answer}00.")
+        texts = ("", r"\boxed{}", r"\boxed{?}", near, f"It is not {answer}.")
         return [(say(text),) for text in texts]
 
 
 def _grade(task: Task, reply: Message) -> float:
-    answer = final_answer(reply)
-    return float(equivalent(task.data["answer"], answer))
+    # Prose is not searched for a number: only what is marked as the answer counts.
+    answer = last_boxed(reply.content or "")
+    return float(answer is not None and equivalent(task.data["answer"], answer))
 
 
 def equivalent(gold: str, answer: str, *, limit_s: float = _LIMIT_S) -> bool:
@@ -185,7 +186,8 @@ def equivalent(gold: str, answer: str, *, limit_s: float = _LIMIT_S) -> bool:
     where nothing can be compared at all.
     """
     inside = last_boxed(answer)
-    answer = (answer if inside is None else inside).strip()
+    answer = (answer if inside is None else inside).strip().removesuffix(".")
+    answer = answer.replace("**", "^").replace("*", " ")
     if not answer or len(answer) > _MAX_ANSWER:
         return False
     try:

@@ -102,9 +102,7 @@ class ReasoningGym:
         seed, index = (number, 0) if name in _EAGER else (0, number)
         address = [name, seed, index, self.level, [list(pair) for pair in self.options]]
         try:
-            question, compact, answer = _worker.call(
-                "make", address, limit_s=_MAKE_S, forked=False
-            )
+            question, compact, answer = _worker.call("make", address, limit_s=_MAKE_S, forked=False)
         except ValueError as error:
             raise TaskError(f"reasoning-gym cannot make an item of {name}: {error}") from error
         text = compact if self.compact else question + _INSTRUCTION

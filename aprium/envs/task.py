@@ -14,9 +14,9 @@ from aprium.base.records import Message
 _HELD_OUT_SHARE = 16
 
 
-def is_held_out(domain: str, key: str) -> bool:
+def is_held_out(key: str) -> bool:
     """Tell whether the item belongs to the test set: one in sixteen, by what is asked."""
-    digest = hashlib.sha256(f"{domain} {key}".encode()).digest()
+    digest = hashlib.sha256(key.encode()).digest()
     return digest[0] % _HELD_OUT_SHARE == 0
 
 
@@ -45,8 +45,8 @@ class Task:
 
     @property
     def held_out(self) -> bool:
-        """Tell whether the item belongs to the test set."""
-        return is_held_out(self.domain, self.key)
+        """Tell whether the item belongs to the test set: in all environments, or in none."""
+        return is_held_out(self.key)
 
 
 def say(text: str, *, role: str = "assistant") -> Message:

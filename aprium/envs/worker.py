@@ -6,6 +6,7 @@ forks for each answer: nothing that one answer does is there for the next, and w
 too much memory is killed alone.
 """
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -39,6 +40,7 @@ class Worker:
         self._lock = threading.Lock()
         self._life = contextlib.ExitStack()
         self._process: Any = None
+        atexit.register(self.close)
 
     def call(
         self, function: str, *arguments: Any, limit_s: float = 5.0, forked: bool = True
@@ -51,6 +53,7 @@ class Worker:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
+            assert self._process is not None
             line = json.dumps([function, arguments, limit_s, forked]).encode() + b"\n"
             try:
                 self._process.stdin.write(line)
@@ -120,8 +123,12 @@ def _serve(module: str) -> None:
     _reply(mouth, "ready", None)
     for line in sys.stdin:
         name, arguments, limit_s, forked = json.loads(line)
+        function = getattr(functions, name, None)
+        if function is None:
+            _reply(mouth, "raised", f"AttributeError: {module} has no {name}")
+            continue
         call = _forked if forked else _called
-        _reply(mouth, *call(getattr(functions, name), arguments, limit_s))
+        _reply(mouth, *call(function, arguments, limit_s))
 
 
 def _called(function: Callable[..., Any], arguments: list[Any], limit_s: float) -> tuple[str, Any]:
