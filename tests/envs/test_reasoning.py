@@ -37,14 +37,16 @@ def test_a_little_for_junk_is_nothing(name: str) -> None:
 
 
 def test_code_is_not_evaluated() -> None:
-    """Its scorer of string_insertion would run this, and pay for what it returns."""
+    """The scorer of string_insertion runs this, and would pay a little for what it returns."""
     family = ReasoningGym(datasets=("string_insertion",))
     task = take(family, 0)
     gold = (task.solution[0].content or "").removeprefix("<answer>").removesuffix("</answer>")
     code = f"[__import__('os').environ.setdefault('X', {gold!r})]"
-    assert reasoning._worker.call("score", task.data["address"], code) == 1.0
-    assert not is_plain("string_insertion", code) and reward(family, 0, code) == 0.0
-    assert reward(family, 0, repr(list(gold))) == 1.0
+    assert reasoning._worker.call("score", task.data["address"], code) > 0.0
+    assert not is_plain("string_insertion", code)
+    step = asyncio.run(replay(family.start(task), [say(code)]))
+    assert step.reward == 0.0 and step.parts["score"] == 0.0
+    assert is_plain("string_insertion", repr(list(gold))) and reward(family, 0, gold) == 1.0
 
 
 @pytest.mark.parametrize(
