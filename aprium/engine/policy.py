@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from aprium.base.errors import EngineError, RequestError
 from aprium.base.records import Completion, SamplingParams
 from aprium.engine.client import AsyncEngine
+from aprium.text.chat import starts_in_reasoning
 
 
 class EnginePolicy:
@@ -22,7 +23,8 @@ class EnginePolicy:
         """Continue `tokens`; see `Policy`. Raises RequestError, EngineError."""
         if params.n != 1:
             raise RequestError(f"n is {params.n}: ask a policy once for each completion", param="n")
-        stream = self._engine.generate(tokens, params, **self._options)
+        thinking = self._opens_reasoning(tokens)
+        stream = self._engine.generate(tokens, params, thinking=thinking, **self._options)
         last: Completion | None = None
         try:
             async for completion in stream:
@@ -32,6 +34,13 @@ class EnginePolicy:
         if last is None or last.finish is None:
             raise EngineError("the engine ended a completion without saying why")
         return last
+
+    def _opens_reasoning(self, tokens: Sequence[int]) -> bool:
+        """Say whether a prompt ends inside the reasoning, which guides and budgets must know."""
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
+            return False
+        return starts_in_reasoning(tokenizer.decode(tokens[-8:], skip_special_tokens=False))
 
     async def score(self, tokens: Sequence[int]) -> list[float | None]:
         """Return the log-probability of each token given those before it; see `Policy`."""

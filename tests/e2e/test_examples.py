@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
         ("lora", "after: Blue plums"),
         ("plan", "cheapest"),
         ("quantise", "perplexity"),
+        ("rollouts", "rewards [1.0"),
         ("serve", "\n"),
         ("sessions", "came from disk"),
         ("train", "held-out loss"),
