@@ -1,5 +1,7 @@
 """Hostile programs stay in the sandbox, and well-meant ones get what they need."""
 
+import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -166,6 +168,20 @@ def test_huge_output_and_files_are_cut() -> None:
     source = "for i in range(99): open(str(i), 'wb').write(b'x' * 100_000)"
     found = python(source, limits)
     assert found.exit_code == 1 and "No space left" in found.stderr
+
+
+def test_isolation_is_had_where_namespaces_are() -> None:
+    """Else a broken sandbox would only skip the tests of it."""
+    flags = ["--mount", "--net", "--pid", "--ipc", "--uts", "--fork"]
+    flags += [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    mounts = "mount -t tmpfs none /tmp"
+    try:
+        tried = subprocess.run(["unshare", *flags, "sh", "-c", mounts], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if tried.returncode:
+        pytest.skip(f"no namespaces: {tried.stderr.decode()}")
+    assert sandbox.why_not() is None
 
 
 def test_files_outside_and_bad_limits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
