@@ -25,7 +25,7 @@ from aprium.model.config import ModelConfig
 from aprium.model.linear import Matrix, Product
 from aprium.model.model import HybridModel
 from aprium.ops.matmul import linear
-from aprium.train.precision import keyed_generator
+from aprium.train.precision import keyed_generator, seed_of
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -111,8 +111,6 @@ class Adapter:
                 "the model's products are replaced already, by another adapter or for training in "
                 "NVFP4: detach that first"
             )
-        self._step = 0
-        self._passes: dict[str, int] = {}
         model.native = None  # the kernels know nothing of factors
         model.requires_grad_(False)
         generator = torch.Generator().manual_seed(config.seed)
@@ -132,9 +130,12 @@ class Adapter:
                 matrix.substitute = functools.partial(_frozen_product, matrix)
 
     def begin(self, step: int) -> None:
-        """Say that step number `step` is next: dropout is a function of it and the seed."""
-        self._step = step
-        self._passes.clear()
+        """Say that step number `step` is next: dropout is a function of it and the seed.
+
+        PyTorch's default generator is seeded, whose state a layer that runs again for its gradient
+        gets back: so it leaves out what it left out before.
+        """
+        torch.default_generator.manual_seed(seed_of(f"{self.config.seed} {step}"))
 
     def detach(self) -> None:
         """Take the factors away; the model stays frozen."""
@@ -164,7 +165,8 @@ class Adapter:
         return found
 
     def _product(self, name: str, matrix: Matrix, dtype: torch.dtype) -> Product:
-        number = self._passes[name] = self._passes.get(name, 0) + 1
+        dropout = self.config.dropout if torch.is_grad_enabled() else 0.0
+        drawn = int(torch.randint(1 << 62, ())) if dropout else 0
         a, b = (getattr(matrix, side) for side in _SIDES)
         parts = tuple(zip(a.unbind(0), b.unbind(0), strict=True)) if a.dim() == 3 else ((a, b),)
         frozen = _frozen_product(matrix, dtype)
@@ -172,9 +174,8 @@ class Adapter:
         def multiply(rows: Tensor, expert: int | None) -> Tensor:
             one, two = parts[expert or 0]
             kept = rows
-            if self.config.dropout and torch.is_grad_enabled():
-                key = f"{self.config.seed} {self._step} {name} {number} {expert}"
-                kept = _drop(rows, self.config.dropout, key)
+            if dropout:
+                kept = _drop(rows, dropout, f"{drawn} {name} {expert}")
             return frozen(rows, expert) + self.scale * linear(linear(kept, one), two)
 
         return multiply

@@ -191,8 +191,12 @@ def _multiply(x: Tensor, weight: Tensor, rules: Rules) -> Tensor:
 
 def keyed_generator(key: str, device: torch.device) -> torch.Generator:
     """Return a generator whose numbers are a function of `key`."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator(device).manual_seed(seed_of(key))
+
+
+def seed_of(key: str) -> int:
+    """Return a seed that is a function of `key`."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
 
 
 class _Rounded(torch.autograd.Function):
