@@ -71,11 +71,19 @@ def cut_alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def clip_gradients(model: HybridModel, max_norm: float) -> Tensor:
-    """Scale the gradients of all processes to a norm of at most `max_norm`; return the norm []."""
+    """Scale the gradients of all processes to a norm of at most `max_norm`; return the norm [].
+
+    Where that is not finite nothing is scaled, so that what is wrong can still be found.
+    """
     if model.mesh.world.size == 1:
         parameters = [p for p in model.parameters() if p.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if torch.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
     norm = torch.stack(list(sum_of_squares(model, lambda name: "").values())).sum().sqrt()
+    if not torch.isfinite(norm):
+        return norm
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:
