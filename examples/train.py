@@ -60,7 +60,7 @@ def main(output: Path) -> None:
         config=TrainerConfig(steps=100, eval_every=25, checkpoint_every=50),
     )
     trainer.run()
-    losses = [round(figures["loss"], 3) for figures in trainer.progress.heldout]
+    losses = [round(figures["loss"], 3) for figures in trainer.metrics.read("heldout")]
     print(f"held-out loss {losses}; curve in {output / 'loss.png'}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from aprium.base.errors import CheckpointError
@@ -25,7 +25,12 @@ _MODEL, _OPTIMISER, _STATE = "model.safetensors", "optimiser.safetensors", "stat
 
 def complete(output: Path) -> list[Path]:
     """Return the checkpoints under `output`, oldest first."""
-    return sorted(p for p in output.glob("step-*") if not p.name.endswith(".partial"))
+    names = {path: path.name.removeprefix("step-") for path in output.glob("step-*")}
+    return sorted((path for path, name in names.items() if name.isdecimal()), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def write(
@@ -44,7 +49,7 @@ def write(
     if final.exists():
         return final
     partial = output / f"{final.name}.partial"
-    with _explained(final, partial):
+    with explained(final, partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_file(dict(weights), partial / _MODEL)
@@ -53,41 +58,41 @@ def write(
         text = json.dumps({**state, "digests": digests})
         (partial / _STATE).write_text(text, encoding="utf-8")
         for name in (_MODEL, _OPTIMISER, _STATE):
-            _flush(partial / name)
-        _flush(partial)
+            flush(partial / name)
+        flush(partial)
         partial.rename(final)
-        _flush(output)
+        flush(output)
     return final
 
 
-def read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Return weights, optimiser tensors and state; raise CheckpointError for a damaged file."""
-    try:
-        state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
-        for name, digest in state.pop("digests").items():
-            if _digest(directory / name) != digest:
-                raise ValueError(f"{name} is not what was written")
-        return load_file(directory / _MODEL), load_file(directory / _OPTIMISER), state
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"checkpoint {directory} cannot be read ({error}): delete it to resume from the one "
-            "before"
-        ) from error
+def read_state(directory: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint, after its files are found to be what was written.
+
+    Raises OSError, ValueError or KeyError for a damaged one.
+    """
+    state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError(f"{_STATE} is not what was written")
+    for name, digest in state.pop("digests").items():
+        if _digest(directory / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+    return state
 
 
 def replace_state(directory: Path, state: Mapping[str, Any]) -> None:
     """Replace the state of a checkpoint, and leave its tensors."""
     file, partial = directory / _STATE, directory / f"{_STATE}.partial"
-    with _explained(directory, partial):
+    with explained(directory, partial):
         digests = json.loads(file.read_text(encoding="utf-8"))["digests"]
         partial.write_text(json.dumps({**state, "digests": digests}), encoding="utf-8")
-        _flush(partial)
+        flush(partial)
         partial.replace(file)
-        _flush(directory)
+        flush(directory)
 
 
 @contextlib.contextmanager
-def _explained(final: Path, partial: Path) -> Iterator[None]:
+def explained(final: Path, partial: Path) -> Iterator[None]:
+    """Raise CheckpointError for what stops `final` from being written, and remove `partial`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -106,7 +111,8 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

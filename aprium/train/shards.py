@@ -40,6 +40,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from aprium.base.errors import CheckpointError
 from aprium.model.model import HybridModel
 from aprium.parallel.collectives import barrier
+from aprium.train.checkpoint import explained, flush, read_state
+from aprium.train.optim import Muon
 from aprium.train.parallel import local, own_pieces
 
 _SHARDS = "shards"
@@ -57,11 +59,6 @@ class Entry:
 Optimisers = list[torch.optim.Optimizer]
 
 
-def has_shards(directory: Path) -> bool:
-    """Tell whether checkpoint `directory` was written by many processes."""
-    return (directory / _SHARDS).exists()
-
-
 def write(
     output: Path, step: int, model: HybridModel, optimisers: Optimisers, state: dict[str, Any]
 ) -> Path:
@@ -77,15 +74,21 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     barrier(world)
-    writer = FileSystemWriter(partial / _SHARDS)
-    checkpoint.save(
-        dict(_entries(model, optimisers)), storage_writer=writer, planner=_SavePlanner()
-    )
-    barrier(world)
-    if model.mesh.leads:
-        text = json.dumps({**state, "digests": {}})
-        (partial / "state.json").write_text(text, encoding="utf-8")
-        partial.rename(final)
+    writer = FileSystemWriter(partial / _SHARDS)  # it flushes its files
+    entries, planner = dict(_entries(model, optimisers)), _SavePlanner()
+    with explained(final, partial):
+        try:
+            checkpoint.save(entries, storage_writer=writer, planner=planner)
+        except CheckpointException as error:
+            raise OSError(_causes(error)) from error
+        barrier(world)
+        if model.mesh.leads:
+            text = json.dumps({**state, "digests": {}})
+            (partial / "state.json").write_text(text, encoding="utf-8")
+            for path in (partial / "state.json", partial / _SHARDS, partial):
+                flush(path)
+            partial.rename(final)
+            flush(output)
     barrier(world)
     return final
 
@@ -93,11 +96,10 @@ def write(
 def read(directory: Path, model: HybridModel, optimisers: Optimisers) -> dict[str, Any]:
     """Read checkpoint `directory` into `model` and `optimisers`; return the state beside them.
 
-    Raises CheckpointError for a damaged file.
+    Raises CheckpointError for a damaged file, or where model or optimisers are others.
     """
     try:
-        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        state.pop("digests")
+        state = read_state(directory)
         load(directory, model, optimisers)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
@@ -146,6 +148,15 @@ def _slots(
     ]
 
 
+def optimiser_tensors(model: HybridModel, optimisers: Optimisers) -> dict[str, Tensor]:
+    """Return the state of the optimisers of one process as "NAME/LEAF"."""
+    return {
+        f"{name}/{leaf}": value.contiguous()
+        for name, p, optimiser in _slots(model, optimisers)
+        for leaf, value in optimiser.state[p].items()
+    }
+
+
 def _entries(model: HybridModel, optimisers: Optimisers) -> dict[str, Entry]:
     found = {f"model/{name}": _entry(model, name, p, p) for name, p in model.named_parameters()}
     for name, p, optimiser in _slots(model, optimisers):
@@ -176,8 +187,14 @@ def _make_room(
             leaves.setdefault(name, []).append(leaf)
     for name, p, optimiser in _slots(model, optimisers):
         whole = model.plan.whole_shape(name, p.shape)
+        found = leaves.get(name, [])
+        if found and isinstance(optimiser, Muon) != ("momentum_buffer" in found):
+            raise CheckpointError(
+                f"{name} was trained with another optimiser: continue with the one the run began "
+                "with (optim.muon_lr, or optimizer of fine-tuning), or begin in another output"
+            )
         optimiser.state[p] = {}
-        for leaf in leaves.get(name, ()):
+        for leaf in found:
             shape = shapes[f"optimiser/{name}/{leaf}"]
             value = torch.zeros_like(p) if shape == whole else torch.zeros(shape)
             optimiser.state[p][leaf] = value.detach()
@@ -219,8 +236,11 @@ def _read_shards(directory: Path, entries: Mapping[str, Entry], alone: bool) -> 
                 dict(entries), storage_reader=reader, planner=_LoadPlanner(), no_dist=alone
             )
     except CheckpointException as error:
-        causes = "; ".join(str(cause[0]) for cause in error.failures.values())
-        raise ValueError(f"{directory}: {causes}") from error
+        raise ValueError(f"{directory}: {_causes(error)}") from error
+
+
+def _causes(error: CheckpointException) -> str:
+    return "; ".join(str(cause[0]) for cause in error.failures.values())
 
 
 def _find(entries: Mapping[str, Any], index: MetadataIndex) -> Tensor:

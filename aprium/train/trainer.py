@@ -6,19 +6,17 @@ come checkpoints (see `train/checkpoint.py`), the figures of steps and evaluatio
 `metrics.jsonl`, and a page of their curves. Resuming continues bit for bit on the same machine.
 """
 
-import json
 import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
@@ -28,6 +26,7 @@ from aprium.parallel.collectives import any_true, barrier, total
 from aprium.train import checkpoint, shards
 from aprium.train.batch import Batch, collate, share_samples
 from aprium.train.losses import LossConfig, Losses, Whole, compute_losses
+from aprium.train.metrics import MetricsFile
 from aprium.train.monitor import (
     DivergenceError,
     Spikes,
@@ -114,8 +113,10 @@ class TrainerConfig:
         for name in ("steps", "eval_every", "checkpoint_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}: it must be positive")
-        if self.micro_tokens is not None and self.micro_tokens < 1:
-            raise ConfigError(f"trainer.micro_tokens is {self.micro_tokens}: it must be positive")
+        for name in ("micro_tokens", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"trainer.{name} is {value}: it must be positive")
 
 
 @dataclass
@@ -124,8 +125,6 @@ class _Progress:
 
     step: int = 0
     tokens: int = 0
-    train: list[dict[str, Any]] = field(default_factory=list)
-    heldout: list[dict[str, Any]] = field(default_factory=list)
     rollbacks: int = 0
     decay_from: int | None = None  # where a rollback began the decay
 
@@ -157,6 +156,13 @@ class Trainer:
     ) -> None:
         if loss.kl_weight and teacher is None:
             raise ConfigError("loss.kl_weight asks for a teacher and there is none: set it to 0")
+        if (stability or StabilityConfig()).action == "anneal" and (
+            optim.schedule != "wsd" or not optim.decay_fraction
+        ):
+            raise ConfigError(
+                "stability.action is 'anneal', which begins the decay of the learning rate early: "
+                "set optim.schedule to 'wsd' and optim.decay_fraction above 0, or use 'rollback'"
+            )
         self.teacher, self.objective = teacher, objective
         self.before_step = before_step
         self.model, self.source, self.heldout = model, source, list(heldout)
@@ -164,13 +170,18 @@ class Trainer:
         self.output, self.optim, self.loss, self.config = output, optim, loss, config
         self.optimisers = build_optimisers(model, optim)
         self.progress = _Progress()
+        self.metrics = MetricsFile(output)
         self.stability = stability or StabilityConfig()
         self.spikes = Spikes(self.stability)
         self.recipe = recipe
         self._stop = self._stopped = False
+        self._heldout: dict[str, Any] | None = None  # the last evaluation
         self._sinks: list[Sink] = []
         model.compute_dtype = getattr(torch, config.dtype)
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output {output} cannot be made: {error.strerror}") from error
 
     @property
     def last_step(self) -> int:
@@ -180,8 +191,20 @@ class Trainer:
     def run(self) -> bool:
         """Train to the configured number of steps; return False when asked to stop early.
 
-        SIGINT and SIGTERM finish the step under way, write a checkpoint and return.
+        SIGINT and SIGTERM finish the step under way, write a checkpoint and return; none is written
+        while a loss is too high, since that may be the beginning of a divergence. Raises
+        CheckpointError where `output` cannot be written, or for a divergence that is not rolled
+        back.
         """
+        try:
+            return self._run()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.output} cannot be written or read ({error}): checkpoints are whole; make "
+                "room and give the same command again"
+            ) from error
+
+    def _run(self) -> bool:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.resume()
@@ -197,7 +220,8 @@ class Trainer:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        self.save()
+        if self.progress.step >= self.last_step or not self.spikes.num_above:
+            self.save()
         return not self._stopped
 
     def _agree_to_stop(self) -> bool:
@@ -218,19 +242,19 @@ class Trainer:
             self._recover(cause)
             return
         if due:
-            progress.train.append(figures)
             self._write_metrics("train", figures)
         if progress.step % config.eval_every == 0 or progress.step == self.last_step:
-            result = self.evaluate()
-            progress.heldout.append(result)
-            self._write_metrics("heldout", result)
+            if self.heldout:
+                self._heldout = self.evaluate()
+                self._write_metrics("heldout", self._heldout)
             if self.mesh.leads:
-                write_page(progress.train, progress.heldout, self.recipe, self.output)
+                train, heldout = (self.metrics.read(kind) for kind in ("train", "heldout"))
+                write_page(train, heldout, self.recipe, self.output)
         # What may be the beginning of a divergence is nothing to go back to.
         whole = not self.spikes.num_above and progress.step < self.last_step
         if progress.step % config.checkpoint_every == 0 and whole:
             self.save()
-        bar.update(progress.step, figures, progress.heldout[-1] if progress.heldout else None)
+        bar.update(progress.step, figures, self._heldout)
 
     def _recover(self, cause: DivergenceError) -> None:
         """Go back to the last checkpoint, and on with the data after those that diverged."""
@@ -345,8 +369,8 @@ class Trainer:
             pairs = total(torch.tensor(pairs, dtype=torch.float64), self.mesh.data).tolist()
             sums = {name: nll for name, (nll, _) in zip(names, pairs, strict=True)}
             counts = {name: count for name, (_, count) in zip(names, pairs, strict=True)}
-        domains_loss = {name: sums[name] / max(counts[name], 1.0) for name in sorted(sums)}
-        loss = sum(sums.values()) / max(sum(counts.values()), 1.0)
+        domains_loss = {name: sums[name] / counts[name] for name in sorted(sums) if counts[name]}
+        loss = sum(sums.values()) / (sum(counts.values()) or 1.0)
         return {"step": self.progress.step, "loss": loss, "domains": domains_loss}
 
     def _collate(self, samples: Sequence[Sample]) -> Batch:
@@ -356,13 +380,16 @@ class Trainer:
 
     def save(self) -> Path:
         """Write checkpoint `step-N` and drop the oldest beyond those kept."""
+        if self.mesh.leads:
+            self.metrics.flush()
         if self.mesh.world.size > 1:
             final = shards.write(
                 self.output, self.progress.step, self.model, self.optimisers, self._state()
             )
         else:
             weights = {name: p.detach() for name, p in self.model.named_parameters()}
-            tensors, step = self._optimiser_tensors(), self.progress.step
+            tensors = shards.optimiser_tensors(self.model, self.optimisers)
+            step = self.progress.step
             final = checkpoint.write(self.output, step, weights, tensors, self._state())
         if self.mesh.leads:
             for old in checkpoint.complete(self.output)[: -self.config.keep_checkpoints]:
@@ -379,55 +406,27 @@ class Trainer:
         }
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint under `output`, if there is one."""
+        """Continue from the newest checkpoint under `output`, if there is one.
+
+        Raises CheckpointError for a damaged one, or one of another model, optimiser or data.
+        """
         found = checkpoint.complete(self.output)
-        if not found:
-            return
-        if self.mesh.world.size > 1 or shards.has_shards(found[-1]):
+        if found:
             state = shards.read(found[-1], self.model, self.optimisers)
-        else:
-            weights, tensors, state = checkpoint.read(found[-1])
-            self.model.load_state_dict(weights)
-            self._restore_optimisers(tensors)
-        self.source.load_state_dict(state["source"])
-        self.progress = _Progress(**state["progress"])
-        self.spikes = Spikes(self.stability, **state["spikes"])
+            try:
+                self.source.load_state_dict(state["source"])
+                self.progress = _Progress(**state["progress"])
+                self.spikes = Spikes(self.stability, **state["spikes"])
+            except (KeyError, TypeError, IndexError) as error:
+                raise CheckpointError(
+                    f"checkpoint {found[-1]} does not fit this run ({error!r}): it was made from "
+                    "other data or by another version; use another output"
+                ) from error
         if self.mesh.leads:
-            self._forget_metrics_after(self.progress.step)
+            self.metrics.cut(self.progress.step)
+            self._heldout = (self.metrics.read("heldout") or [None])[-1]
+        if found and self.mesh.leads:
             log.info("resumed from %s", found[-1])
-
-    def _slots(self) -> list[tuple[str, torch.optim.Optimizer, torch.nn.Parameter]]:
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        return [
-            (names[id(p)], optimiser, p)
-            for optimiser in self.optimisers
-            for group in optimiser.param_groups
-            for p in group["params"]
-        ]
-
-    def _optimiser_tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}/{key}": value.contiguous()
-            for name, optimiser, p in self._slots()
-            for key, value in optimiser.state[p].items()
-        }
-
-    def _restore_optimisers(self, tensors: dict[str, Tensor]) -> None:
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            name, _, leaf = key.rpartition("/")
-            by_name.setdefault(name, {})[leaf] = value
-        for name, optimiser, p in self._slots():
-            optimiser.state[p] = by_name.get(name, {})
-
-    def _forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that a killed run took after its last checkpoint."""
-        file = self.output / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(file)
 
     def _write_metrics(self, kind: str, figures: dict[str, Any]) -> None:
         if not self.mesh.leads:
@@ -436,8 +435,7 @@ class Trainer:
             flat = flatten({k: v for k, v in figures.items() if k != "step"}, kind)
             for sink in self._sinks:
                 sink(figures["step"], flat)
-        with (self.output / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"kind": kind, **figures}) + "\n")
+        self.metrics.append(kind, figures)
 
 
 def _weight(samples: Sequence[Sample]) -> float:

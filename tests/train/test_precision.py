@@ -335,10 +335,10 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
 
 def test_it_learns_and_switches_in_the_middle(tmp_path):
     whole = run(tmp_path / "a", 30, PrecisionConfig(recipe="nvfp4"))
-    losses = [f["loss"] for f in whole.progress.train]
+    losses = [f["loss"] for f in whole.metrics.read("train")]
     assert losses[-1] < losses[0] - 0.4
     switched = run(tmp_path / "b", 30, PrecisionConfig(recipe="nvfp4", switch_at_step=20))
-    mine = [f["loss"] for f in switched.progress.train]
+    mine = [f["loss"] for f in switched.metrics.read("train")]
     assert mine[:20] == losses[:20] and mine[20] != losses[20]
 
 

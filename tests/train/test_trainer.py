@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from aprium.model.presets import PRESETS
 from aprium.train import checkpoint
 from aprium.train.losses import LossConfig
 from aprium.train.monitor import StabilityConfig
-from aprium.train.optim import OptimConfig
+from aprium.train.optim import OptimConfig, build_optimisers
 from aprium.train.sinks import open_sinks
 from aprium.train.trainer import Trainer, TrainerConfig
 
@@ -31,8 +32,10 @@ TOY = PRESETS["toy"]
 class Copies:
     """Batches of documents whose second half repeats the first."""
 
-    def __init__(self, interrupt_at: int | None = None, number: int = signal.SIGTERM) -> None:
-        self.index, self.interrupt_at, self.number = 0, interrupt_at, number
+    def __init__(
+        self, interrupt_at: int | None = None, number: int = signal.SIGTERM, index: int = 0
+    ) -> None:
+        self.index, self.interrupt_at, self.number = index, interrupt_at, number
 
     def next_batch(self) -> Sequence[Sample]:
         if self.index == self.interrupt_at:
@@ -64,13 +67,11 @@ def make(
 ) -> Trainer:
     model = HybridModel(TOY, dtype=torch.float32)
     model.init_weights(torch.Generator().manual_seed(0))
-    held = Copies()
-    held.index = 10_000
     config = TrainerConfig(steps=steps, eval_every=5, checkpoint_every=every, log_every=1)
     return Trainer(
         model,
         source or Copies(),
-        held.next_batch(),
+        Copies(index=10_000).next_batch(),
         output=output,
         optim=OptimConfig(lr=3e-3, muon_lr=0.01, warmup_steps=3),
         loss=LossConfig(),
@@ -80,13 +81,15 @@ def make(
 
 
 def figures(trainer: Trainer) -> list[dict[str, float]]:
-    return [{k: v for k, v in f.items() if k != "tokens_per_s"} for f in trainer.progress.train]
+    return [
+        {k: v for k, v in f.items() if k != "tokens_per_s"} for f in trainer.metrics.read("train")
+    ]
 
 
 def test_loss_falls_and_outputs_are_written(tmp_path: Path) -> None:
     trainer = make(tmp_path, 40)
     assert trainer.run()
-    heldout = [f["loss"] for f in trainer.progress.heldout]
+    heldout = [f["loss"] for f in trainer.metrics.read("heldout")]
     assert heldout[-1] < heldout[0] - 0.5
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -208,6 +211,102 @@ def test_infinite_loss_stops_the_run(tmp_path: Path) -> None:
         trainer.run()
 
 
+def test_the_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4)
+    name = "backbone.layers.2.mixer.gate.weight"
+    trainer.model.get_parameter(name).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(CheckpointError, match=f"the gradient of {re.escape(name)} is not finite"):
+        trainer.run()
+
+
+def test_run_killed_before_its_first_checkpoint_begins_its_figures_anew(tmp_path: Path) -> None:
+    first = make(tmp_path, 4)
+    for _ in range(2):
+        first.metrics.append("train", first.train_step(first.source.next_batch()))
+    again = make(tmp_path, 4)
+    again.run()
+    assert [f["step"] for f in again.metrics.read("train")] == [1, 2, 3, 4]
+
+
+def test_what_grows_with_a_run_is_not_in_its_checkpoints(tmp_path: Path) -> None:
+    sizes = []
+    for steps in (4, 12):
+        make(tmp_path, steps).run()
+        sizes.append((tmp_path / f"step-{steps:06d}" / "state.json").stat().st_size)
+    assert sizes[1] < sizes[0] + 20
+
+
+def test_no_heldout_loss_where_nothing_is_held_out(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 5)
+    trainer.heldout = []
+    trainer.run()
+    assert trainer.metrics.read("heldout") == [] and len(trainer.metrics.read("train")) == 5
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    for name in ("step-1000000", "step-999999", "step-000004.partial", "step-old"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, 2).run()
+    other = make(tmp_path, 4)
+    other.optim = replace(other.optim, muon_lr=None)
+    other.optimisers = build_optimisers(other.model, other.optim)
+    with pytest.raises(CheckpointError, match="trained with another optimiser"):
+        other.run()
+    narrow = make(tmp_path, 4)
+    narrow.model.lm_head.weight = torch.nn.Parameter(torch.zeros(3, TOY.hidden_size))
+    narrow.optimisers = build_optimisers(narrow.model, narrow.optim)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape .* of another model"):
+        narrow.run()
+
+
+def test_figures_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match="checkpoints are whole"):
+        trainer.run()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        make(tmp_path / "file", 4)
+
+
+def test_nothing_is_written_in_the_middle_of_a_spike(tmp_path: Path) -> None:
+    limit = StabilityConfig(spike_ratio=1.0001, patience=100, window=2, action="rollback")
+    trainer = make(tmp_path, 40, every=100, stability=limit)
+    step = trainer.train_step
+
+    def stop_high(samples: Sequence[Sample], *, monitor: bool = True) -> dict[str, Any]:
+        found = step(samples, monitor=monitor)
+        if found["step"] == 6:
+            trainer._request_stop(signal.SIGTERM, None)
+            return found | {"loss": 99.0}
+        return found
+
+    trainer.train_step = stop_high  # type: ignore[method-assign]
+    assert trainer.run() is False
+    assert trainer.spikes.num_above and trainer.progress.step == 6
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-000000"]
+
+
+def test_annealing_needs_a_decay_to_begin(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4)
+    for optim in (replace(trainer.optim, schedule="cosine"), OptimConfig(decay_fraction=0.0)):
+        with pytest.raises(ConfigError, match=r"set optim\.schedule to 'wsd'"):
+            Trainer(
+                trainer.model,
+                Copies(),
+                [],
+                output=tmp_path,
+                optim=optim,
+                loss=LossConfig(),
+                config=trainer.config,
+                stability=StabilityConfig(action="anneal"),
+            )
+
+
 class Poisoned(Copies):
     """Batches of which one has a weight that makes the gradient infinite."""
 
@@ -233,7 +332,7 @@ def test_divergence_goes_back_and_on_with_the_data_after_it(
     assert trainer.progress.rollbacks == 1
     assert trainer.source.state_dict()["index"] == 7 + trainer.progress.step - 4
     assert trainer.progress.step == (12 if action == "rollback" else 4 + 3)
-    steps = [f["step"] for f in trainer.progress.train]
+    steps = [f["step"] for f in trainer.metrics.read("train")]
     assert steps == list(range(1, trainer.progress.step + 1))
     events = [x for x in _metrics(tmp_path) if x["kind"] == "rollback"]
     assert len(events) == 1 and "not finite" in events[0]["cause"]
@@ -256,7 +355,7 @@ def test_parts_of_a_step_and_recomputed_layers_give_its_gradients(tmp_path: Path
         other = make(tmp_path / name, 1)
         other.config = replace(other.config, **settings)
         other.run()
-        (wanted,), (found,) = plain.progress.train, other.progress.train
+        (wanted,), (found,) = plain.metrics.read("train"), other.metrics.read("train")
         for key in ("loss", "mtp_loss", "balance", "grad_norm"):
             assert found[key] == pytest.approx(wanted[key], rel=1e-5), (name, key)
         assert found["max_vios"] == wanted["max_vios"]
@@ -270,7 +369,7 @@ def test_bfloat16_activations_learn_as_float32_ones(tmp_path: Path) -> None:
         trainer.model.compute_dtype = getattr(torch, dtype)
         trainer.run()
         assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-        losses[dtype] = trainer.progress.heldout[-1]["loss"]
+        losses[dtype] = trainer.metrics.read("heldout")[-1]["loss"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
 
 
@@ -279,7 +378,7 @@ def test_page_shows_curves_by_role_and_layer(tmp_path: Path) -> None:
     trainer.run()
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2 and "http-equiv" not in page
-    last = trainer.progress.train[-1]
+    last = trainer.metrics.read("train")[-1]
     assert set(last["grad_norms"]) >= {"mtp", "embedding", "head", "router", "experts", "mamba"}
     total = sum(value**2 for value in last["grad_norms"].values()) ** 0.5
     assert total == pytest.approx(last["grad_norm"], rel=1e-4)
