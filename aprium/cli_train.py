@@ -102,10 +102,22 @@ def data() -> None:
 @data.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--tokenizer", help="Checkpoint, or directory of tokenizer and chat template.")
-@click.option("--packs", default=2, show_default=True, help="Packs to show.")
-@click.option("--measure", default=50, show_default=True, help="Packs to count figures over.")
-@click.option("--max-length", type=int, help="Of a file: longest sample.  [default: 512]")
-@click.option("--tokens", type=int, help="Tokens of a pack; default: the recipe's, or 4096.")
+@click.option(
+    "--packs", type=click.IntRange(0), default=2, show_default=True, help="Packs to show."
+)
+@click.option(
+    "--measure",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Packs to count figures over.",
+)
+@click.option(
+    "--max-length", type=click.IntRange(2), help="Of a file: longest sample.  [default: 512]"
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), help="Tokens of a pack; default: the recipe's, or 4096."
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures alone, as JSON.")
 def inspect(source: Path, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -142,7 +154,7 @@ def inspect(source: Path, settings: tuple[str, ...], as_json: bool, **options: A
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--vocab-size", required=True, type=int, help="Tokens in all, special ones too.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory.")
-@click.option("--max-bytes", type=int, help="Read no more text than this.")
+@click.option("--max-bytes", type=click.IntRange(1), help="Read no more text than this.")
 def tokenizer(
     files: tuple[Path, ...], vocab_size: int, output: Path, max_bytes: int | None
 ) -> None:

@@ -69,7 +69,10 @@ def train(
     backend = train_bpe(learnt(), vocab_size)
     if not counts["bytes"]:
         raise DataError(f"{', '.join(map(str, files))}: no text to train on")
-    write(backend, output, template)
+    try:
+        write(backend, output, template)
+    except OSError as error:
+        raise DataError(f"cannot write the tokenizer to {output}: {error}") from error
     size = sum(len(text.encode("utf-8", "replace")) for text in held)
     tokens = sum(len(encoding.ids) for encoding in backend.encode_batch(held))
     measured = {"bytes_per_token": round(size / tokens, 3)} if tokens else {}

@@ -71,7 +71,12 @@ def read(
     found = tokenizer or recipe.get("tokenizer") or recipe.get("checkpoint")
     if found is None:
         raise DataError(f"{source} names neither tokenizer nor checkpoint: give --tokenizer")
-    size = tokens or recipe.get("tokens_per_step") or _TOKENS
+    size = tokens or recipe.get("tokens_per_step", _TOKENS)
+    if not isinstance(size, int) or not isinstance(found, str):
+        raise DataError(
+            f"{source}: tokens_per_step must be an integer, and tokenizer or checkpoint a string; "
+            f"they are {size!r} and {found!r}"
+        )
     return Plan(mixtures=mixtures, tokenizer=resolve(found), tokens=size)
 
 

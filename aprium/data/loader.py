@@ -1,11 +1,13 @@
-"""Packed batches from a mixture: what the trainer draws from, resumable to the sample."""
+"""Packed batches from a mixture or of given samples: what the trainer draws from, resumable."""
 
 import math
+import random
+from collections.abc import Sequence
 from typing import Any
 
 from aprium.base.errors import DataError
 from aprium.base.records import Sample
-from aprium.data.pack import Packer
+from aprium.data.pack import NUM_OPEN, Packer
 from aprium.data.sources import DataConfig, Mixture, Text
 
 
@@ -34,6 +36,56 @@ class Loader:
         """Continue from a position that `state_dict` returned."""
         self._mixture.load_state_dict(state["mixture"])
         self._packer.load_state_dict(state["packs"], self._mixture.fetch)
+
+
+class Repeated:
+    """Given samples again and again, shuffled anew each time, in packed batches."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        tokens_per_batch: int,
+        open_packs: int = NUM_OPEN,
+        seed: int = 0,
+    ) -> None:
+        if not samples:
+            raise DataError("there are no samples to train on")
+        self._samples, self._seed, self._number = list(samples), seed, 0
+        self._packer = Packer(tokens_per_batch, open_packs)
+        self._epoch, self._order = -1, list[int]()
+
+    def next_batch(self) -> list[Sample]:
+        """Return the samples of the next batch."""
+        while True:
+            address = (self._number,)
+            self._number += 1
+            batch = self._packer.add(self._read(address), address)
+            if batch is not None:
+                return batch
+
+    def _read(self, address: tuple[int, ...]) -> Sample:
+        """Return sample `address[0]` of the endless sequence."""
+        epoch, place = divmod(address[0], len(self._samples))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self._samples)))
+            random.Random(f"{self._seed} {epoch}").shuffle(self._order)
+        return self._samples[self._order[place]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as plain values."""
+        packs = self._packer.state_dict()
+        return {"samples": len(self._samples), "number": self._number, "packs": packs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `state_dict` returned; raises DataError for other data."""
+        if state["samples"] != len(self._samples):
+            raise DataError(
+                f"the run was started with {state['samples']} samples and these are "
+                f"{len(self._samples)}: restore them, or begin anew in another output"
+            )
+        self._number = state["number"]
+        self._packer.load_state_dict(state["packs"], self._read)
 
 
 class Alternation:

@@ -109,7 +109,8 @@ class DataConfig:
             raise DataError(f"sources are named {', '.join(names)}: give each a name of its own")
         if not any(source.weight for source in self.sources):
             raise DataError("no source has a weight: give at least one a share of tokens")
-        for name, least in (("max_length", 2), ("open_packs", 1), ("shuffled_packs", 0)):
+        least_of = {"max_length": 2, "heldout_samples": 0, "open_packs": 1, "shuffled_packs": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 value = getattr(self, name)
                 raise DataError(f"data.{name} is {value}: it must be at least {least}")
@@ -184,7 +185,7 @@ class TextSource:
         # Consecutive pieces share one token: it ends the first and only conditions the next.
         for begin in range(0, max(1, len(tokens) - 1), self._max_length - 1):
             piece = tuple(tokens[begin : begin + self._max_length])
-            if piece:
+            if len(piece) > 1:  # a single token predicts nothing
                 weights = (0.0,) + (1.0,) * (len(piece) - 1)
                 samples.append(Sample(tokens=piece, ce_weight=weights, domain=self._config.name))
         return samples
@@ -305,6 +306,7 @@ class Mixture:
 
     def __init__(self, config: DataConfig, text: Text) -> None:
         self._weights = [source.weight for source in config.sources]
+        self._fixed = {"seed": config.seed, "max_length": config.max_length}
         self._sources = [_open(source, config, text) for source in config.sources]
         self._names = [source.name for source in config.sources]
         self._next = [0] * len(self._sources)
@@ -352,6 +354,7 @@ class Mixture:
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain values."""
         return {
+            **self._fixed,
             "sources": [[n, s.size] for n, s in zip(self._names, self._sources, strict=True)],
             "next": list(self._next),
             "tokens": list(self._tokens),
@@ -360,6 +363,12 @@ class Mixture:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position that `state_dict` returned; raises DataError for other data."""
+        for name, value in self._fixed.items():
+            if state.get(name) != value:
+                raise DataError(
+                    f"the run was started with data.{name} {state.get(name)} and this is {value}: "
+                    "its place in the data means another; set it back, or begin in another output"
+                )
         mine = self.state_dict()["sources"]
         if state.get("sources") != mine:
             raise DataError(

@@ -8,7 +8,6 @@ move. Source: arXiv 2601.20088 (QAD); docs/numerics.md.
 
 import hashlib
 import json
-import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from aprium.base.errors import QuantizeError
 from aprium.base.records import Sample
 from aprium.checkpoint.load import load_checkpoint, set_parameter
 from aprium.checkpoint.save import save_checkpoint
-from aprium.data.pack import Packer
+from aprium.data.loader import Repeated
 from aprium.model.linear import Matrix
 from aprium.model.model import Block, HybridModel
 from aprium.ops import fp8, nvfp4
@@ -98,40 +97,6 @@ class FakeQuant(nn.Module):
         return weight + (decoded - weight).detach()
 
 
-class _Source:
-    """Samples again and again, shuffled anew each time, in packed batches."""
-
-    def __init__(self, samples: Sequence[Sequence[int]], config: QadConfig) -> None:
-        self._samples = [
-            Sample(tokens=tuple(s), ce_weight=(0.0,) + (1.0,) * (len(s) - 1), domain="calibration")
-            for s in samples
-        ]
-        self._packer = Packer(max(config.tokens_per_step, *(len(s) for s in samples)), num_open=4)
-        self._seed, self._number = config.seed, 0
-
-    def next_batch(self) -> list[Sample]:
-        while True:
-            address = (self._number,)
-            self._number += 1
-            batch = self._packer.add(self._read(address), address)
-            if batch is not None:
-                return batch
-
-    def _read(self, address: tuple[int, ...]) -> Sample:
-        """Return sample `address[0]` of the endless sequence."""
-        epoch, place = divmod(address[0], len(self._samples))
-        order = list(range(len(self._samples)))
-        random.Random(f"{self._seed} {epoch}").shuffle(order)
-        return self._samples[order[place]]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"number": self._number, "packs": self._packer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._number = state["number"]
-        self._packer.load_state_dict(state["packs"], self._read)
-
-
 def distil(
     source: Path,
     target: Path,
@@ -157,9 +122,18 @@ def distil(
     student = _student(teacher.model, stored.model, rule, config.scales)
     facts = [str(source), rule, asdict(config), list(samples), _digest(stored.model)]
     output = _output(target.absolute(), facts)
+    texts = [
+        Sample(tokens=tuple(s), ce_weight=(0.0,) + (1.0,) * (len(s) - 1), domain="calibration")
+        for s in samples
+    ]
     trainer = Trainer(
         student,
-        _Source(samples, config),
+        Repeated(
+            texts,
+            tokens_per_batch=max(config.tokens_per_step, *(len(s) for s in samples)),
+            open_packs=4,
+            seed=config.seed,
+        ),
         [],
         output=output,
         optim=OptimConfig(

@@ -23,19 +23,19 @@ from aprium.base.log import get_logger
 from aprium.base.records import Request, Sample, SamplingParams
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.load import load_checkpoint
-from aprium.data.loader import Loader
-from aprium.data.pack import NUM_OPEN, Packer
+from aprium.data.loader import Loader, Repeated
 from aprium.data.sources import DataConfig, Mixture, heldout_samples
 from aprium.engine.config import EngineConfig
 from aprium.engine.engine import Engine
 from aprium.engine.speculative import SpeculativeConfig
 from aprium.model.model import HybridModel, Routing
 from aprium.ops.logprob import kl_divergence
+from aprium.parallel.mesh import require_one_process
 from aprium.train.batch import Batch
 from aprium.train.losses import LossConfig, Losses, Whole, sum_balance
 from aprium.train.optim import OptimConfig
-from aprium.train.pretrain import export
-from aprium.train.sft import open_model, read_text, write_recipe
+from aprium.train.pretrain import export, write_json, write_recipe
+from aprium.train.sft import open_model, read_text
 from aprium.train.trainer import Trainer, TrainerConfig
 
 log = get_logger("train")
@@ -69,7 +69,11 @@ class BoostConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name, low, high in (("steps", 1, 16), ("max_tokens", 1, None), ("probes", 0, None)):
+        ranges = (
+            *(("steps", 1, 16), ("max_tokens", 1, None)),
+            *(("rollouts", 0, None), ("probes", 0, None)),
+        )
+        for name, low, high in ranges:
             value = getattr(self, name)
             if value < low or (high is not None and value > high):
                 bound = f"in {low}..{high}" if high else f"at least {low}"
@@ -90,13 +94,14 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     Returns the directory of the exported checkpoint, or None when asked to stop before the end.
     Raises ConfigError, DataError or CheckpointError.
     """
+    require_one_process("aprium boost-mtp")
     config = load_toml(BoostConfig, recipe, overrides)
     path = resolve(config.checkpoint)
     text = read_text(path)
     model = open_model(path, text)
     if not model.config.num_mtp_layers:
         raise CheckpointError(f"{path} has no prediction head: there is nothing to boost")
-    write_recipe(config, config.output)
+    recipe_text = write_recipe(config, config.output)
     for name, parameter in model.named_parameters():
         # The selection bias of the head's router is not trained by gradients, here as elsewhere.
         trained = name.startswith("mtp.") and not name.endswith("e_score_correction_bias")
@@ -105,7 +110,11 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     if config.rollouts:
         mixture = Mixture(config.data, text)
         prompts = [_prompt(mixture.draw()[1]) for _ in range(config.rollouts)]
-        source = _Written(_write(path, prompts, config), config.tokens_per_step)
+        source = Repeated(
+            _write(path, prompts, config),
+            tokens_per_batch=config.tokens_per_step,
+            seed=config.trainer.seed,
+        )
     trainer = Trainer(
         model,
         source,
@@ -114,6 +123,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
         optim=dataclasses.replace(config.optim, muon_lr=None),
         loss=LossConfig(bias_rate=0.0),
         config=config.trainer,
+        recipe=recipe_text,
         objective=Objective(config.steps, config.temperature, config.trainer.seed),
     )
     if not trainer.run():
@@ -126,8 +136,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
             "before": measure(path, probes, config.steps, config.max_tokens),
             "after": measure(directory, probes, config.steps, config.max_tokens),
         }
-        file = config.output / "acceptance.json"
-        file.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+        write_json(config.output / "acceptance.json", measured)
         log.info("accepted by position: %s", measured)
     return directory
 
@@ -210,37 +219,6 @@ class Objective:
             parts.append((divergence * weights).sum() / norm * self._temperature**2)
             made.append(ahead.roll(1, 0))
         return parts, routing
-
-
-class _Written:
-    """What the model wrote, again and again, shuffled anew each time, in packed batches."""
-
-    def __init__(self, samples: Sequence[Sample], tokens_per_batch: int) -> None:
-        self._samples, self._number = list(samples), 0
-        self._packer = Packer(tokens_per_batch, num_open=NUM_OPEN)
-
-    def next_batch(self) -> list[Sample]:
-        """Return the samples of the next step."""
-        while True:
-            address = (self._number,)
-            self._number += 1
-            batch = self._packer.add(self._read(address), address)
-            if batch is not None:
-                return batch
-
-    def _read(self, address: tuple[int, ...]) -> Sample:
-        epoch, place = divmod(address[0], len(self._samples))
-        order = torch.randperm(len(self._samples), generator=torch.Generator().manual_seed(epoch))
-        return self._samples[int(order[place])]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position as plain values."""
-        return {"number": self._number, "packs": self._packer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position that `state_dict` returned."""
-        self._number = state["number"]
-        self._packer.load_state_dict(state["packs"], self._read)
 
 
 def _prompt(sample: Sample) -> tuple[int, ...]:

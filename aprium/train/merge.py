@@ -32,6 +32,7 @@ from aprium.checkpoint.safetensors import (
     write_directory,
 )
 from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, move_directory, write_texts
+from aprium.train import checkpoint
 
 Decay = Literal["minus-sqrt", "uniform"]
 _DECAYS: dict[str, Callable[[float], float]] = {
@@ -107,10 +108,10 @@ def _checkpoints(directory: Path) -> list[Path]:
     """Return `directory`, or the checkpoints of the run that it is, oldest first."""
     if (directory / "config.json").exists() or directory.name.startswith("step-"):
         return [directory]
-    steps = [p for p in directory.glob("step-*") if p.is_dir() and p.suffix != ".partial"]
+    steps = checkpoint.complete(directory)
     if not steps:
         raise CheckpointError(f"{directory} is neither a checkpoint nor a run with step-N in it")
-    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+    return steps
 
 
 def _find_like(found: Sequence[Path]) -> Path:
@@ -132,6 +133,11 @@ def _find_like(found: Sequence[Path]) -> Path:
 
 def _read(path: Path, plan: Plan) -> Callable[[str], Tensor]:
     """Return the function that reads a tensor of checkpoint `path` by its name in `plan`."""
+    if (path / "shards").exists():
+        raise CheckpointError(
+            f"{path} was written by many processes, and is not read here: continue its run with "
+            "one process for a step, or merge exported checkpoints"
+        )
     stored = read_directory(path)
     files = MappedFiles()
     published = {tensor.name: name for name, tensor in plan.tensors.items()}

@@ -49,9 +49,16 @@ class OptimConfig:
         for name in ("decay_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: it must be in 0..1")
-        for name in ("lr", "muon_lr", "max_grad_norm"):
+        shares = {"betas[0]": self.betas[0], "betas[1]": self.betas[1]}
+        for name, value in (shares | {"muon_momentum": self.muon_momentum}).items():
+            if not 0 <= value < 1:
+                raise ConfigError(f"optim.{name} is {value}: it must be in 0..1, without 1")
+        for name in ("weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)}: it cannot be negative")
+        for name in ("lr", "muon_lr", "eps", "max_grad_norm"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ConfigError(f"optim.{name} is {value}: it must be positive")
 
 

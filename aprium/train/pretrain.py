@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from aprium.base.config import from_dict, load_toml, to_dict
-from aprium.base.errors import ConfigError
+from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.checkpoint.save import save_checkpoint
 from aprium.data.loader import Loader
@@ -100,12 +100,10 @@ def _run(config: PretrainConfig, mesh: Mesh) -> Path | None:
     shape = _shape(config, text.tokenizer)
     model = HybridModel(shape, dtype=torch.float32, mesh=mesh)
     model.init_weights(torch.Generator().manual_seed(config.trainer.seed))
-    config.output.mkdir(parents=True, exist_ok=True)
-    resolved = json.dumps(to_dict(config), indent=2)
     whole = (model.plan.whole_shape(name, p.shape) for name, p in model.named_parameters())
     count = sum(math.prod(size) for size in whole)
     if mesh.leads:
-        (config.output / "recipe.json").write_text(resolved + "\n", encoding="utf-8")
+        write_recipe(config, config.output)
         log.info("training %s parameters; everything is written to %s", f"{count:,}", config.output)
     rounding = precision.attach(model, config.precision)
     if rounding is not None and mesh.world.size > 1:
@@ -125,7 +123,7 @@ def _run(config: PretrainConfig, mesh: Mesh) -> Path | None:
         loss=config.loss,
         config=config.trainer,
         stability=config.stability,
-        recipe=resolved,
+        recipe=recipe_text(config),
         before_step=rounding.begin if rounding is not None else None,
     )
     if not trainer.run():
@@ -146,6 +144,30 @@ def _whole(model: HybridModel, directory: Path) -> HybridModel:
     whole = HybridModel(model.config, dtype=torch.float32)
     load(directory, whole)
     return whole
+
+
+def recipe_text(config: Any) -> str:
+    """Return a resolved recipe as it is shown and written."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def write_recipe(config: Any, output: Path) -> str:
+    """Write the resolved recipe under `output`, and return its text; raises ConfigError."""
+    text = recipe_text(config)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output {output} cannot be written: {error.strerror}") from error
+    return text
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write what a run measured; raises CheckpointError."""
+    try:
+        file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file}: {error.strerror}") from error
 
 
 def export(model: HybridModel, tokenizer: Path, directory: Path) -> Path:

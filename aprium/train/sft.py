@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from aprium.base.config import load_toml, to_dict
+from aprium.base.config import load_toml
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Sample
@@ -36,7 +36,7 @@ from aprium.train.losses import LossConfig
 from aprium.train.monitor import StabilityConfig
 from aprium.train.optim import OptimConfig
 from aprium.train.precision import PrecisionConfig
-from aprium.train.pretrain import export
+from aprium.train.pretrain import export, write_json, write_recipe
 from aprium.train.trainer import BatchSource, Trainer, TrainerConfig
 
 log = get_logger("train")
@@ -56,8 +56,8 @@ class SftConfig:
 
     `checkpoint` is a directory, a hub id or pico; its tokenizer and chat template are used.
     `optimizer` "adamw" trains everything with `optim.lr`, "muon" matrices with `optim.muon_lr`.
-    `lora` trains adapters beside the weights, which may then be quantised. A longer `max_length`
-    than the checkpoint's context makes that longer. Paths are relative to the working directory.
+    `lora` trains adapters beside the weights, which may then be quantised. Without it, a longer
+    `max_length` than the checkpoint's context makes that longer. Paths are relative to the working directory.
     """
 
     output: Path
@@ -144,7 +144,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
         return None
     if heldout:
         after = trainer.evaluate()
-        _write_json(config.output / "heldout.json", {"before": before, "after": after})
+        write_json(config.output / "heldout.json", {"before": before, "after": after})
         log.info("held-out loss: %.4f before, %.4f after", before["loss"], after["loss"])
     if adapter is not None:
         lora.save(adapter, config.output / "adapter", base=config.checkpoint)
@@ -189,22 +189,11 @@ def read_text(path: Path) -> Text:
     return Text(Tokenizer.load(path), ChatTemplate.load(path), families)
 
 
-def write_recipe(config: Any, output: Path) -> str:
-    """Write the resolved recipe under `output`, and return it as text."""
-    output.mkdir(parents=True, exist_ok=True)
-    _write_json(output / "recipe.json", to_dict(config))
-    return (output / "recipe.json").read_text(encoding="utf-8")
-
-
 def _measure_before(trainer: Trainer, heldout: Sequence[Sample]) -> dict[str, Any]:
     """Return the held-out loss of the checkpoint; a run that is continued remembers it."""
     file = trainer.output / "before.json"
     if not heldout:
         return {}
     if not (file.exists() and checkpoint.complete(trainer.output)):
-        _write_json(file, trainer.evaluate())
+        write_json(file, trainer.evaluate())
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _write_json(file: Path, data: Any) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

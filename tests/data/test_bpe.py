@@ -71,3 +71,8 @@ def test_limits_and_errors(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match="no text to train on"):
         train([tmp_path / "a.txt"], tmp_path / "out", vocab_size=300)
+
+
+def test_output_that_cannot_be_written_is_told(folder: Path) -> None:
+    with pytest.raises(DataError, match="cannot write the tokenizer"):
+        train([folder.parent / "a.txt"], folder / "tokenizer.json", vocab_size=300)

@@ -98,6 +98,7 @@ def test_what_is_missing_is_named(recipe: Path) -> None:
         ("recipe.toml", {"max_length": 5}, "--set data.max_length"),
         ("chat.jsonl", {"overrides": {"a": 1}}, "is no recipe"),
         ("recipe.toml", {"overrides": {"data.typo": 1}}, "unknown key data.typo"),
+        ("recipe.toml", {"overrides": {"tokens_per_step": "x"}}, "must be an integer"),
     ):
         with pytest.raises(ApriumError, match=message):
             read(folder / file, **options)

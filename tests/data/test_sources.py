@@ -13,7 +13,8 @@ from pyarrow import parquet
 
 from aprium.base.config import from_dict
 from aprium.base.errors import ConfigError, DataError
-from aprium.data.loader import Alternation, Loader
+from aprium.base.records import Sample
+from aprium.data.loader import Alternation, Loader, Repeated
 from aprium.data.rows import Rows
 from aprium.data.sources import (
     ChatSource,
@@ -261,6 +262,47 @@ def test_other_data_than_the_run_began_with_is_refused(
         file.write('\n{"text": "one more"}')
     with pytest.raises(DataError, match="was started with the sources"):
         Loader(config, text, tokens_per_batch=500).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["seed", "max_length"])
+def test_a_place_in_the_data_is_of_one_seed_and_length(
+    config: DataConfig, text: Text, name: str
+) -> None:
+    state = Loader(config, text, tokens_per_batch=500).state_dict()
+    other = dataclasses.replace(config, **{name: getattr(config, name) + 1})
+    with pytest.raises(DataError, match=f"started with data.{name}"):
+        Loader(other, text, tokens_per_batch=501).load_state_dict(state)
+
+
+def test_empty_documents_are_no_samples(text: Text, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"text": ""}')
+    source = SourceConfig(kind="text", name="x", path=tmp_path / "empty.jsonl")
+    with pytest.raises(DataError, match="nothing to learn"):
+        Mixture(DataConfig(sources=(source,)), text).draw()
+
+
+def test_given_samples_come_again_in_another_order_and_resume() -> None:
+    samples = [Sample(tokens=(i, i), ce_weight=(0.0, 1.0), domain="d") for i in range(7)]
+
+    def repeated(count: int = 7) -> Repeated:
+        return Repeated(samples[:count], tokens_per_batch=4, open_packs=2, seed=1)
+
+    straight = repeated()
+    batches = [straight.next_batch() for _ in range(40)]
+    drawn = [sample.tokens[0] for batch in batches for sample in batch]
+    counts = [drawn.count(i) for i in range(7)]
+    assert max(counts) - min(counts) <= 2 and drawn[:7] != drawn[7:14]
+    first = repeated()
+    for _ in range(13):
+        first.next_batch()
+    state = json.loads(json.dumps(first.state_dict()))
+    second = repeated()
+    second.load_state_dict(state)
+    assert [second.next_batch() for _ in range(27)] == batches[13:]
+    with pytest.raises(DataError, match="started with 7 samples and these are 6"):
+        repeated(6).load_state_dict(state)
+    with pytest.raises(DataError, match="no samples"):
+        repeated(0)
 
 
 def test_batches_of_two_loaders_are_never_mixed(config: DataConfig, text: Text) -> None:

@@ -130,6 +130,7 @@ def test_bad_values_are_named(recipe: Path) -> None:
     for overrides, message in (
         ({"steps": 0}, r"steps is 0: it must be in 1\.\.16"),
         ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"rollouts": -1}, "rollouts is -1: it must be at least 0"),
         ({"tokens_per_step": 110}, "at least 124"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -86,6 +86,14 @@ def test_a_run_and_its_layout(tmp_path: Path) -> None:
         assert torch.equal(value, mean(found, name, "uniform").to(value.dtype)), name
 
 
+def test_checkpoints_of_many_processes_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(models(1)[0], tmp_path / "like")
+    for step in (1, 2):
+        (tmp_path / "run" / f"step-{step:06d}" / "shards").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="step-000001 was written by many processes"):
+        merge([tmp_path / "run"], tmp_path / "out", like=tmp_path / "like")
+
+
 def test_what_cannot_be_averaged_is_named(tmp_path: Path) -> None:
     (one,) = models(1)
     save_checkpoint(one, tmp_path / "a")

@@ -74,7 +74,16 @@ def test_muon_treats_stacked_matrices_as_independent() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"decay_fraction": 1.5}, "decay_fraction is 1.5"), ({"muon_lr": 0.0}, "muon_lr is 0.0")],
+    [
+        ({"decay_fraction": 1.5}, "decay_fraction is 1.5"),
+        ({"muon_lr": 0.0}, "muon_lr is 0.0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\] is 1.0"),
+        ({"muon_momentum": -0.1}, "muon_momentum is -0.1"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+    ],
 )
 def test_bad_values_are_named(values: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from aprium.base.config import load_toml
 from aprium.base.errors import CheckpointError, ConfigError
@@ -136,6 +137,38 @@ def test_adapters_are_trained_beside_frozen_weights_of_a_quantised_base(recipe: 
     for name, parameter in model.named_parameters():
         if name not in trained:
             assert torch.equal(parameter.detach().float(), before[name]), name
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4-all", "fp8"])
+def test_adapters_with_dropout_over_a_quantised_base_resume(
+    recipe: Path, fmt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = recipe.parent / "base"
+    calibration = [list(range(20, 60))]
+    pipeline.quantize(recipe.parent / "start", base, recipes.read(fmt), calibration=calibration)
+    settings = {
+        "checkpoint": str(base),
+        "lora.r": 4,
+        "lora.dropout": 0.2,
+        "trainer.recompute": True,
+    }
+    step = Trainer.train_step
+
+    def stop_after_second(self: Trainer, samples: list[Sample], **options: Any) -> dict[str, Any]:
+        figures = step(self, samples, **options)
+        self._stop = figures["step"] == 2
+        return figures
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_after_second)
+        assert run(recipe, settings) is None
+    resumed = run(recipe, settings)
+    straight = run(recipe, settings | {"output": str(recipe.parent / "straight")})
+    assert resumed is not None and straight is not None
+    found, wanted = (load_file(d / "adapter_model.safetensors") for d in (resumed, straight))
+    assert wanted and found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
