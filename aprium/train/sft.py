@@ -57,7 +57,8 @@ class SftConfig:
     `checkpoint` is a directory, a hub id or pico; its tokenizer and chat template are used.
     `optimizer` "adamw" trains everything with `optim.lr`, "muon" matrices with `optim.muon_lr`.
     `lora` trains adapters beside the weights, which may then be quantised. Without it, a longer
-    `max_length` than the checkpoint's context makes that longer. Paths are relative to the working directory.
+    `max_length` than the checkpoint's context makes that longer. Paths are relative to the working
+    directory.
     """
 
     output: Path
