@@ -23,19 +23,19 @@ def write_durably(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def remove_durably(*paths: Path) -> None:
     """Remove files of one directory, of which any may be missing; raises OSError."""
     for path in paths:
         path.unlink(missing_ok=True)
-    sync_directory(paths[0].parent)
+    sync(paths[0].parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory to the disk; raises OSError."""
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring the bytes of a file, or the names in a directory, to the disk; raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

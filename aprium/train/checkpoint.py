@@ -8,7 +8,6 @@ the disk and renamed into place, so that a fault at any moment leaves the previo
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aprium.base.errors import CheckpointError
+from aprium.base.files import sync
 
 _MODEL, _OPTIMISER, _STATE = "model.safetensors", "optimiser.safetensors", "state.json"
 
@@ -58,10 +58,10 @@ def write(
         text = json.dumps({**state, "digests": digests})
         (partial / _STATE).write_text(text, encoding="utf-8")
         for name in (_MODEL, _OPTIMISER, _STATE):
-            flush(partial / name)
-        flush(partial)
+            sync(partial / name)
+        sync(partial)
         partial.rename(final)
-        flush(output)
+        sync(output)
     return final
 
 
@@ -85,9 +85,9 @@ def replace_state(directory: Path, state: Mapping[str, Any]) -> None:
     with explained(directory, partial):
         digests = json.loads(file.read_text(encoding="utf-8"))["digests"]
         partial.write_text(json.dumps({**state, "digests": digests}), encoding="utf-8")
-        flush(partial)
+        sync(partial)
         partial.replace(file)
-        flush(directory)
+        sync(directory)
 
 
 @contextlib.contextmanager
@@ -109,12 +109,3 @@ def explained(final: Path, partial: Path) -> Iterator[None]:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,10 +5,11 @@ of it. A line is {"kind": "train" | "heldout" | "rollback", "step": N, ...}.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from aprium.base.files import sync
 
 
 class MetricsFile:
@@ -35,13 +36,13 @@ class MetricsFile:
         kept = [line for line, row in rows if row is not None and row["step"] <= step]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
-        _flush(partial)
+        sync(partial)
         partial.replace(self._path)
 
     def flush(self) -> None:
         """Bring to the disk what was written; a checkpoint that says it is there comes after."""
         if self._path.exists():
-            _flush(self._path)
+            sync(self._path)
 
     def _lines(self) -> list[str]:
         if not self._path.exists():
@@ -56,8 +57,3 @@ def _row(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and {"kind", "step"} <= row.keys() else None
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

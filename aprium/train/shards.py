@@ -38,9 +38,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from aprium.base.errors import CheckpointError
+from aprium.base.files import sync
 from aprium.model.model import HybridModel
 from aprium.parallel.collectives import barrier
-from aprium.train.checkpoint import explained, flush, read_state
+from aprium.train.checkpoint import explained, read_state
 from aprium.train.optim import Muon
 from aprium.train.parallel import local, own_pieces
 
@@ -86,9 +87,9 @@ def write(
             text = json.dumps({**state, "digests": {}})
             (partial / "state.json").write_text(text, encoding="utf-8")
             for path in (partial / "state.json", partial / _SHARDS, partial):
-                flush(path)
+                sync(path)
             partial.rename(final)
-            flush(output)
+            sync(output)
     barrier(world)
     return final
 
