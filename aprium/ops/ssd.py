@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from aprium.ops.activation import softplus
 
@@ -101,34 +102,8 @@ def chunked(
     Shapes as in `scan`; `segment_ids` int64 [T]. Returns y [T, H, P]. The backward pass keeps the
     inputs alone and makes the rest again.
     """
-    return _Chunked.apply(x, dt, a, b, c, d, segment_ids, chunk_size)
-
-
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor,
-        d: Tensor,
-        segment_ids: Tensor,
-        chunk_size: int,
-    ) -> Tensor:
-        ctx.chunk_size = chunk_size
-        ctx.save_for_backward(x, dt, a, b, c, d, segment_ids)
-        return _in_chunks(x, dt, a, b, c, d, segment_ids, chunk_size)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, segment_ids = ctx.saved_tensors
-        with torch.enable_grad():
-            again = [t.detach().requires_grad_() for t in tensors]
-            x, dt, a, b, c, d = again
-            y = _in_chunks(x, dt, a, b, c, d, segment_ids, ctx.chunk_size)
-            return (*torch.autograd.grad(y, again, grads[0]), None, None)
+    inputs = (x, dt, a, b, c, d, segment_ids, chunk_size)
+    return checkpoint(_in_chunks, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _in_chunks(
