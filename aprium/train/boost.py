@@ -163,9 +163,8 @@ class Objective:
     ) -> Losses:
         """Return the mean over steps of the divergence; `mtp` is that of the last step."""
         parts, routing = self.by_step(model, batch, whole, recompute)
-        balance = sum_balance(routing, batch.layout) / self._steps
-        if whole is not None:
-            balance = balance * (batch.layout.num_segments / whole.samples)
+        count = None if whole is None else whole.samples
+        balance = sum_balance(routing, batch.layout, num_samples=count) / self._steps
         mean = torch.stack(parts).mean()
         return Losses(
             total=mean + config.balance_weight * balance,

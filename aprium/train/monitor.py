@@ -105,15 +105,8 @@ def role_of(name: str) -> str:
 @torch.no_grad()
 def gradient_norms(model: HybridModel) -> dict[str, float]:
     """Return the gradient's 2-norm by role of parameter, of all processes together."""
-    if model.mesh.world.size > 1:
-        found = sum_of_squares(model, role_of)
-        return {role: math.sqrt(float(square)) for role, square in sorted(found.items())}
-    squares: dict[str, float] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            role = role_of(name)
-            squares[role] = squares.get(role, 0.0) + float(parameter.grad.float().square().sum())
-    return {role: math.sqrt(total) for role, total in sorted(squares.items())}
+    found = sum_of_squares(model, role_of)
+    return {role: math.sqrt(float(square)) for role, square in sorted(found.items())}
 
 
 def first_not_finite(model: nn.Module) -> str:

@@ -295,9 +295,8 @@ class Trainer:
             self.before_step(progress.step)
         factor = schedule_factor(progress.step, config.steps, self.optim, progress.decay_from)
         set_learning_rates(self.optimisers, factor)
-        cut = list(_parts(samples, config.micro_tokens))
-        weight = sum(_weight(part) for part in cut)
-        parts = [self._collate(part) for part in cut]
+        parts = [self._collate(part) for part in _parts(samples, config.micro_tokens)]
+        weight = sum(sum(sample.ce_weight) for sample in samples)
         whole, found = Whole(weight, len(samples)), list[Losses]()
         with residual_norms(self.model, monitor) as residual:
             for part in parts:
@@ -436,12 +435,6 @@ class Trainer:
             for sink in self._sinks:
                 sink(figures["step"], flat)
         self.metrics.append(kind, figures)
-
-
-def _weight(samples: Sequence[Sample]) -> float:
-    """Return the weight of what can be predicted: all but the first tokens."""
-    part = collate(samples)
-    return float(part.ce_weight[part.predicted(1)].sum())
 
 
 def _parts(samples: Sequence[Sample], budget: int | None) -> Iterator[list[Sample]]:
