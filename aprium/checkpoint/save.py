@@ -5,10 +5,11 @@ A loaded `Checkpoint` is written back name for name, dtype for dtype and shape f
 temporary directory beside the target and moved into place when it is complete.
 """
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,11 @@ def save_checkpoint(
         )
     target = Path(directory)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
-            complete = Path(name) / "complete"
-            complete.mkdir()
+        with assembled(target) as complete:
             if isinstance(source, HybridModel):
                 _write_model(source, complete, dtype, max_shard_bytes)
             else:
                 _write_checkpoint(source, complete, max_shard_bytes)
-            move_directory(complete, target)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
 
@@ -149,6 +146,17 @@ def copy_texts(source: Path, directory: Path) -> None:
     for file in source.iterdir():
         if file.suffix in _COPIED_SUFFIXES and file.name != INDEX_NAME and file.is_file():
             shutil.copyfile(file, directory / file.name)
+
+
+@contextlib.contextmanager
+def assembled(target: Path) -> Iterator[Path]:
+    """Give an empty directory beside `target`, which takes its place once it is filled."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
+        complete = Path(name) / "complete"
+        complete.mkdir()
+        yield complete
+        move_directory(complete, target)
 
 
 def move_directory(complete: Path, target: Path) -> None:

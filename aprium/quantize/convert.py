@@ -5,7 +5,6 @@ multiplies by and the other divides by, become their reciprocals. Tensors stream
 source, so memory holds one at a time. Source: docs/numerics.md.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from aprium.base.errors import CheckpointError, QuantizeError
 from aprium.checkpoint.load import Plan, read_plan
 from aprium.checkpoint.names import NVFP4_FORMATS, tensor_table
 from aprium.checkpoint.safetensors import DTYPE_NAMES, Entry, MappedFiles, write_directory
-from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, move_directory, write_texts
+from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, assembled, write_texts
 from aprium.model.config import NVFP4_TENSORS, QuantConfig
 from aprium.ops import fp8, nvfp4
 
@@ -43,24 +42,13 @@ def convert(source: Path, target: Path, to: Layout) -> int:
     table = tensor_table(plan.config, quant)
     entries = [Entry(name, *tensors.kind(name, spec.shape)) for name, spec in table.items()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write(plan, target, quant, entries, tensors)
+        with assembled(target) as complete:
+            write_texts(plan.path, complete, quant, plan.config)
+            write_directory(complete, entries, tensors.fetch, DEFAULT_SHARD_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     read_plan(target)  # what was written must load
     return sum(entry.num_bytes for entry in entries)
-
-
-def _write(
-    plan: Plan, target: Path, quant: QuantConfig, entries: list[Entry], tensors: "_Tensors"
-) -> None:
-    """Write the checkpoint beside `target` and put it in its place."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
-        complete = Path(name) / "complete"
-        complete.mkdir()
-        write_texts(plan.path, complete, quant, plan.config)
-        write_directory(complete, entries, tensors.fetch, DEFAULT_SHARD_BYTES)
-        move_directory(complete, target)
 
 
 class _Tensors:

@@ -6,7 +6,6 @@ servers fuse (q, k and v) go on sharing their global scale: those touched keep t
 their values fit under it, and otherwise all of them are encoded anew.
 """
 
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from aprium.base.errors import CheckpointError, QuantizeError
 from aprium.checkpoint.load import Plan, read_plan
 from aprium.checkpoint.names import Naming, parameter_of, tensor_table, tensors_of
 from aprium.checkpoint.safetensors import DTYPES, Entry, MappedFiles, write_directory
-from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, copy_texts, move_directory, write_texts
+from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, assembled, copy_texts, write_texts
 from aprium.model.config import NVFP4_TENSORS, QuantConfig
 from aprium.ops import fp8, nvfp4
 from aprium.ops.nvfp4 import Rule
@@ -58,16 +57,12 @@ def merge(
         return merged.fetch(naming.to_published(name), decodes)
 
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
-            complete = Path(name) / "complete"
-            complete.mkdir()
+        with assembled(target) as complete:
             if decodes:
                 write_texts(plan.path, complete, QuantConfig(), plan.config)
             else:
                 copy_texts(plan.path, complete)
             write_directory(complete, entries, fetch, DEFAULT_SHARD_BYTES)
-            move_directory(complete, target)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     read_plan(target)  # what was written must load

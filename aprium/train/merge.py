@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -31,7 +30,7 @@ from aprium.checkpoint.safetensors import (
     read_directory,
     write_directory,
 )
-from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, move_directory, write_texts
+from aprium.checkpoint.save import DEFAULT_SHARD_BYTES, assembled, write_texts
 from aprium.train import checkpoint
 
 Decay = Literal["minus-sqrt", "uniform"]
@@ -92,13 +91,9 @@ def merge(
         return total.to(DTYPES[entry.dtype])
 
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as name:
-            complete = Path(name) / "complete"
-            complete.mkdir()
+        with assembled(output) as complete:
             write_texts(plan.path, complete, plan.quant, plan.config)
             write_directory(complete, entries, fetch, DEFAULT_SHARD_BYTES)
-            move_directory(complete, output)
     except (OSError, shutil.Error) as error:
         raise CheckpointError(f"cannot write {output}: {error}") from error
     return list(zip(found, weights, strict=True))
