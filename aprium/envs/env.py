@@ -52,7 +52,22 @@ class Env(Protocol):
         ...
 
 
-class SingleTurn:
+class AskedOnce:
+    """The part of an environment that asks its task, and refuses to do so again."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._begun = False
+
+    async def reset(self) -> tuple[Message, ...]:
+        """Return what is asked; raises TaskError when it was asked before."""
+        if self._begun:
+            raise TaskError(f"the environment of {self.task.id} was used: make another one")
+        self._begun = True
+        return self.task.messages
+
+
+class SingleTurn(AskedOnce):
     """The environment of a question: the first reply is graded, and that is the end.
 
     `grade` takes task and reply and returns a reward, or parts of which "reward" is one. It runs in
@@ -62,16 +77,8 @@ class SingleTurn:
     def __init__(
         self, task: Task, grade: Callable[[Task, Message], float | Mapping[str, float]]
     ) -> None:
-        self.task = task
+        super().__init__(task)
         self._grade = grade
-        self._begun = False
-
-    async def reset(self) -> tuple[Message, ...]:
-        """Return the question; raises TaskError when it was asked before."""
-        if self._begun:
-            raise TaskError(f"the environment of {self.task.id} was used: make another one")
-        self._begun = True
-        return self.task.messages
 
     async def step(self, reply: Message) -> Step:
         """Grade the reply."""

@@ -15,7 +15,7 @@ from typing import Any
 from aprium.base.errors import TaskError
 from aprium.base.records import Message, ToolCall
 from aprium.envs.answer import final_answer
-from aprium.envs.env import Step
+from aprium.envs.env import AskedOnce, Step
 from aprium.envs.services import DAYS, SERVICES, State, call, describe
 from aprium.envs.task import Task, say
 
@@ -252,24 +252,16 @@ def _turns(calls: Sequence[Call], failing: Sequence[int], answer: str) -> tuple[
     return (*turns, say(f"Answer: {answer}"))
 
 
-class ErrandEnv:
+class ErrandEnv(AskedOnce):
     """One errand: calls change the service, and an answer without a call ends it."""
 
     def __init__(self, task: Task) -> None:
-        self.task = task
+        super().__init__(task)
         self._tools = SERVICES[task.data["service"]]
         self._state: State = copy.deepcopy(dict(task.data["state"]))
         self._num_calls = self._invalid = 0
         self._failed: list[tuple[str, str]] = []
         self._recovered = 0
-        self._begun = False
-
-    async def reset(self) -> tuple[Message, ...]:
-        """Return what is asked; raises TaskError when it was asked before."""
-        if self._begun:
-            raise TaskError(f"the environment of {self.task.id} was used: make another one")
-        self._begun = True
-        return self.task.messages
 
     async def step(self, reply: Message) -> Step:
         """Make the calls of a turn, or grade its answer."""
