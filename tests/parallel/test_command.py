@@ -10,45 +10,13 @@ import torch
 
 from aprium.checkpoint.load import load_checkpoint
 from aprium.model.model import HybridModel
-from tests.family import write_tokenizer
+from tests.train.test_pretrain import write_recipe
 
-RECIPE = """
-output = "{0}/out"
-tokenizer = "{0}/tokenizer"
-preset = "toy"
-tokens_per_step = 256
-
-[model]
-vocab_size = 512
-
-[trainer]
-steps = 2
-threads = 1
-
-[optim]
-lr = 1e-4
-muon_lr = 1e-4
-
-[data]
-max_length = 64
-heldout_samples = 3
-
-[[data.sources]]
-kind = "text"
-name = "text"
-path = "{0}/text.jsonl"
-heldout = "{0}/text.jsonl"
-"""
+SETTINGS = ("trainer.threads=1", "optim.lr=1e-4", "optim.muon_lr=1e-4")
 
 
 def test_torchrun_trains_and_exports_what_one_process_does(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer").mkdir()
-    write_tokenizer(tmp_path / "tokenizer")
-    rows = [json.dumps({"text": f"line {i} of a small text " * 4}) for i in range(9)]
-    (tmp_path / "text.jsonl").write_text("\n".join(rows))
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(tmp_path))
-    command = ["-m", "aprium.cli", "pretrain", "--recipe", str(recipe)]
+    command = _command(write_recipe(tmp_path))
     _run([*command, "--set", f"output={tmp_path}/one"])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     lines = _run([*launcher, *command, "--set", "parallel.ep=2"])
@@ -60,12 +28,15 @@ def test_torchrun_trains_and_exports_what_one_process_does(tmp_path: Path) -> No
 
 
 def test_mesh_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(tmp_path))
-    command = ["-m", "aprium.cli", "pretrain", "--recipe", str(recipe), "--set", "parallel.tp=2"]
+    command = [*_command(write_recipe(tmp_path)), "--set", "parallel.tp=2"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "torchrun --nproc-per-node" in done.stderr and "Traceback" not in done.stderr
+
+
+def _command(recipe: Path) -> list[str]:
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    return ["-m", "aprium.cli", "pretrain", "--recipe", str(recipe), *settings]
 
 
 def _run(arguments: list[str]) -> str:

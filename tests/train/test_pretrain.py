@@ -40,6 +40,11 @@ heldout = "{0}/text.jsonl"
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+def write_recipe(tmp_path: Path) -> Path:
+    """Write a recipe of two steps, its text and its tokenizer; returns the recipe's file."""
     (tmp_path / "tokenizer").mkdir()
     write_tokenizer(tmp_path / "tokenizer")
     rows = [json.dumps({"text": f"line {i} of a small text " * 4}) for i in range(9)]
