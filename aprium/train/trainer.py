@@ -50,6 +50,7 @@ from aprium.train.report import TrainingProgress, write_page
 from aprium.train.sinks import Sink, flatten, open_sinks
 
 log = get_logger("train")
+_EVALUATED_TOKENS = 1 << 14  # at a time, unless trainer.micro_tokens says how many
 
 
 class BatchSource(Protocol):
@@ -92,8 +93,8 @@ class TrainerConfig:
     `steps` may be changed when resuming: with the "wsd" schedule that moves the decay. `threads`
     None leaves PyTorch's own choice. `dtype` is that of activations; weights, optimiser and
     gradient sums are float32. A step is run in parts of at most `micro_tokens` tokens, whose
-    gradients add up (of all processes together); with `recompute` the layers' activations are made
-    again for the gradient. `sinks` may name "tensorboard" and "wandb".
+    gradients add up (of all processes together), and so is what is held out; with `recompute` the
+    layers' activations are made again for the gradient. `sinks` may name "tensorboard" and "wandb".
     """
 
     steps: int
@@ -351,8 +352,8 @@ class Trainer:
         """Return mean held-out cross-entropy per weighted token: in all, and by domain."""
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for begin in range(0, len(self.heldout), 32):
-            batch = self._collate(self.heldout[begin : begin + 32])
+        for part in _parts(self.heldout, self.config.micro_tokens or _EVALUATED_TOKENS):
+            batch = self._collate(part)
             losses = compute_losses(self.model, batch, LossConfig(mtp_weight=0.0))
             weights = batch.ce_weight[losses.predicted]
             domains = batch.domains[losses.predicted]
@@ -438,7 +439,7 @@ class Trainer:
 
 
 def _parts(samples: Sequence[Sample], budget: int | None) -> Iterator[list[Sample]]:
-    """Cut the samples of a step into parts of at most `budget` tokens, in order."""
+    """Cut samples into parts of at most `budget` tokens, or of one sample, in order."""
     part: list[Sample] = []
     size = 0
     for sample in samples:
@@ -447,7 +448,8 @@ def _parts(samples: Sequence[Sample], budget: int | None) -> Iterator[list[Sampl
             yield part
             part, size = [], len(sample.tokens)
         part.append(sample)
-    yield part
+    if part:
+        yield part
 
 
 def _stop_signals() -> tuple[signal.Signals, ...]:

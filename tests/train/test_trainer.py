@@ -361,6 +361,23 @@ def test_parts_of_a_step_and_recomputed_layers_give_its_gradients(tmp_path: Path
         assert found["max_vios"] == wanted["max_vios"]
 
 
+def test_what_is_held_out_is_evaluated_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tmp_path, 1)
+    whole, sizes = trainer.evaluate(), list[int]()
+    forward = HybridModel.forward
+
+    def note(self: HybridModel, tokens: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        sizes.append(len(tokens))
+        return forward(self, tokens, *rest, **options)
+
+    monkeypatch.setattr(HybridModel, "forward", note)
+    trainer.config = replace(trainer.config, micro_tokens=20)
+    assert trainer.evaluate()["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert len(sizes) > 3 and max(sizes) <= 20
+
+
 def test_bfloat16_activations_learn_as_float32_ones(tmp_path: Path) -> None:
     losses = {}
     for dtype in ("float32", "bfloat16"):
