@@ -358,18 +358,55 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One document or conversation for the trainer.
+class TeacherScores:
+    """What a teacher makes of the tokens of a trajectory.
 
-    `ce_weight[t]` weighs the cross-entropy of predicting `tokens[t]`; `ce_weight[0]` is 0.
-    `domain` names the source, for per-domain loss figures.
+    `logprobs[t]` is the natural-log probability of token t given those before it; `logprobs[0]` is
+    0. `top[t]`, where asked for, are its most probable tokens there; `top[0]` is empty.
+    """
+
+    teacher: str
+    logprobs: tuple[float, ...]
+    top: tuple[TopLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One document, conversation or trajectory for the trainer.
+
+    `ce_weight[t]` weighs the cross-entropy of predicting `tokens[t]`. `domain` names the source,
+    for per-domain figures. The other streams, empty where a stage has no use for them, are of
+    reinforcement learning and distillation: `rl_weight[t]` is how much token t counts in the
+    policy's loss, `advantage[t]` what speaks for it. `kl_weight[t]` weighs the teacher, whose
+    log-probability of the token is `teacher_logprob[t]` and whose most probable tokens are
+    `teacher_top[t]`. `behaviour_logprob[t]` is the log-probability under the weights that wrote it,
+    `prox_logprob[t]` under those at the start of the step (empty: the weights as they are).
+    Of every stream index 0 is 0.
     """
 
     tokens: tuple[int, ...]
     ce_weight: tuple[float, ...]
     domain: str = ""
+    rl_weight: tuple[float, ...] = ()
+    advantage: tuple[float, ...] = ()
+    behaviour_logprob: tuple[float, ...] = ()
+    prox_logprob: tuple[float, ...] = ()
+    kl_weight: tuple[float, ...] = ()
+    teacher_logprob: tuple[float, ...] = ()
+    teacher_top: tuple[TopLogprobs, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the alignment rule."""
         assert len(self.tokens) == len(self.ce_weight) > 0, "tokens and weights must align"
-        assert self.ce_weight[0] == 0.0, "index 0 predicts nothing"
+        for name in SAMPLE_STREAMS:
+            stream = getattr(self, name)
+            assert len(stream) in (0, len(self.tokens)), f"{name} must align with the tokens"
+            assert not stream or stream[0] == 0.0, "index 0 predicts nothing"
+        assert len(self.teacher_top) in (0, len(self.tokens)), "teacher_top must align"
+
+
+# Streams of a sample, one number a token.
+SAMPLE_STREAMS = (
+    *("ce_weight", "rl_weight", "advantage", "behaviour_logprob", "prox_logprob"),
+    *("kl_weight", "teacher_logprob"),
+)
