@@ -270,5 +270,5 @@ def _read_scores(data: Any) -> TeacherScores | None:
     return TeacherScores(
         teacher=data["teacher"],
         logprobs=tuple(data["logprobs"]),
-        top=tuple({token: value for token, value in position} for position in data["top"]),
+        top=tuple(dict(position) for position in data["top"]),
     )

@@ -10,10 +10,10 @@ and `evaluation.json`. The same recipe and output continue a run that was stoppe
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from aprium.base.config import from_dict, load_toml
 from aprium.base.errors import ConfigError
@@ -63,8 +63,9 @@ class RlConfig:
     """A recipe.
 
     `checkpoint` is a directory, a hub id or pico. `engine` has fields of `EngineConfig` for the
-    engine that plays, such as `max_num_seqs` or `speculative`. `lora` trains adapters beside the
-    weights, which may then be quantised. Paths are relative to the working directory.
+    engine that plays, such as `max_num_seqs` or `speculative`. `optimizer` "adamw" trains
+    everything with `optim.lr`, "muon" matrices with `optim.muon_lr`. `lora` trains adapters beside
+    the weights, which may then be quantised. Paths are relative to the working directory.
     """
 
     output: Path
@@ -75,9 +76,10 @@ class RlConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     loss: LossConfig = field(default_factory=lambda: LossConfig(mtp_weight=0.0, bias_rate=0.0))
+    optimizer: Literal["adamw", "muon"] = "adamw"
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            lr=1e-5, muon_lr=None, schedule="constant", weight_decay=0.0
+            lr=1e-5, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0
         )
     )
     evaluate: EvaluateConfig | None = field(default_factory=EvaluateConfig)
@@ -109,13 +111,14 @@ def run_config(config: RlConfig) -> Path | None:
     adapter = lora.attach(model, config.lora) if config.lora is not None else None
     recipe = write_recipe(config, config.output)
     learner = Learner(config, Weights(model, adapter), path)
+    optim = config.optim if config.optimizer == "muon" else replace(config.optim, muon_lr=None)
     try:
         trainer = Trainer(
             model,
             learner,
             [],
             output=config.output,
-            optim=config.optim,
+            optim=optim,
             loss=config.loss,
             config=config.trainer,
             recipe=recipe,
@@ -221,9 +224,7 @@ class Learner:
         found = await self._evaluation(EnginePolicy(player.engine, priority=-1), player.chat)
         self._metrics.append("accuracy", {"step": step} | as_figures(found))
         for name, one in found.items():
-            log.info(
-                "step %d: %s %.3f +- %.3f", step, name, one.accuracy, one.standard_error
-            )
+            log.info("step %d: %s %.3f +- %.3f", step, name, one.accuracy, one.standard_error)
 
 
 class _Player:

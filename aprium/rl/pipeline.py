@@ -197,13 +197,14 @@ class Pipeline:
         """Take what was played to its samples."""
         ledger, number = self._ledger, work.number
         entry = ledger.entries[number]
-        assert entry.group is not None
+        group = entry.group
+        assert group is not None
         if self._stages.score is not None and entry.scores is None:
             async with self._scoring:
-                scores = await self._stages.score(entry.group)
+                scores = await self._stages.score(group)
             ledger.score(number, scores)
             entry = ledger.entries[number]
-        learnt = await self._stages.credit(entry.group, entry.scores or ())
+        learnt = await self._stages.credit(group, entry.scores or ())
         work.entry, work.learnt = entry, learnt
         if self._config.refill and not learnt.samples:
             self._set_aside(work)
