@@ -8,17 +8,18 @@ and `evaluation.json`. The same recipe and output continue a run that was stoppe
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from aprium.base.config import from_dict, load_toml
 from aprium.base.errors import ConfigError
 from aprium.base.log import get_logger
-from aprium.base.records import Group, Sample, TeacherScores, Trajectory
+from aprium.base.records import Group, Sample
 from aprium.checkpoint.hub import resolve
 from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
@@ -33,9 +34,10 @@ from aprium.rl.evaluate import (
     constant_baselines,
 )
 from aprium.rl.figures import Tally
-from aprium.rl.ledger import Ledger, Scores
+from aprium.rl.ledger import Item, Ledger, Scores
 from aprium.rl.pipeline import Pipeline, PipelineConfig, Played, Stages
 from aprium.rl.rollout import Deal, DomainConfig, RolloutConfig, Rollouts
+from aprium.rl.teachers import Teachers, TeachersConfig
 from aprium.rl.weights import Weights
 from aprium.train import checkpoint, lora
 from aprium.train.lora import LoraConfig
@@ -50,14 +52,6 @@ log = get_logger("rl")
 T = TypeVar("T")
 
 
-class Scorer(Protocol):
-    """Who says how likely a teacher finds what the model wrote."""
-
-    async def score(self, trajectory: Trajectory) -> TeacherScores | None:
-        """Return the scores of a trajectory, None where there are none to be had."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class RlConfig:
     """A recipe.
@@ -65,7 +59,8 @@ class RlConfig:
     `checkpoint` is a directory, a hub id or pico. `engine` has fields of `EngineConfig` for the
     engine that plays, such as `max_num_seqs` or `speculative`. `optimizer` "adamw" trains
     everything with `optim.lr`, "muon" matrices with `optim.muon_lr`. `lora` trains adapters beside
-    the weights, which may then be quantised. Paths are relative to the working directory.
+    the weights, which may then be quantised. `teachers` score the episodes of domains that name
+    one. Paths are relative to the working directory.
     """
 
     output: Path
@@ -85,11 +80,27 @@ class RlConfig:
     evaluate: EvaluateConfig | None = field(default_factory=EvaluateConfig)
     engine: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig | None = None
+    teachers: TeachersConfig | None = None
 
     def __post_init__(self) -> None:
-        """Check that there is something to play."""
+        """Check that there is something to play, and that teachers say what is asked of them."""
         if not self.domains:
             raise ConfigError("domains is empty: name at least one")
+        form, teachers = self.loss.policy.distillation, self.teachers
+        if form == "full":
+            raise ConfigError(
+                "loss.policy.distillation is 'full', which compares whole vocabularies: teachers "
+                "of a run say what they think of tokens, use 'sampled', 'k3' or 'top_k'"
+            )
+        if form == "top_k" and (teachers is None or not teachers.top):
+            raise ConfigError(
+                "loss.policy.distillation is 'top_k': say of how many tokens with teachers.top"
+            )
+        if self.credit.kl_weight and teachers is None:
+            raise ConfigError(
+                f"credit.kl_weight is {self.credit.kl_weight} and there are no teachers: add a "
+                "[teachers] table, or set it to 0"
+            )
 
 
 def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path | None:
@@ -196,7 +207,7 @@ class Learner:
     def _play(self) -> "_Player":
         if self._player is None:
             self._player = _Player(self._config, self._weights, self._path)
-            self._pushed = self._step  # the engine begins with these weights
+            self._pushed = None if self._step else 0  # it begins with these weights, as version 0
         return self._player
 
     async def _next(self, player: "_Player") -> list[Played]:
@@ -231,57 +242,75 @@ class _Player:
     """The thread in which episodes are played, with its event loop, engine, books and pipeline."""
 
     def __init__(self, config: RlConfig, weights: Weights, path: Path) -> None:
-        self._config = config
+        with contextlib.ExitStack() as undone:
+            self.ledger = Ledger(config.output)
+            undone.callback(self.ledger.close)
+            self._teachers = _open_teachers(config, path)
+            self.engine = AsyncEngine(_engine_config(config, path), weights.checkpoint(path))
+            undone.callback(lambda: asyncio.run(self.engine.close()))
+            self.chat = chat_format(self.engine)
+            policy = EnginePolicy(self.engine)
+            self._rollouts = Rollouts(config.domains, config.rollout, policy, self.chat)
+            self._credit = config.credit
+            shares = {domain.name: domain.weight for domain in config.domains}
+            stages = Stages(
+                generate=self._generate,
+                credit=self._learn,
+                score=self._score if self._teachers is not None else None,
+            )
+            self.pipeline = Pipeline(stages, Deal(shares), self.ledger, config.pipeline)
+            undone.pop_all()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="aprium-rl")
-        self.ledger = Ledger(config.output)
-        try:
-            self.engine = AsyncEngine(_engine_config(config, path), weights.checkpoint(path))
-        except BaseException:
-            self.ledger.close()
-            raise
         self._thread.start()
-        try:
-            self.call(self._open())
-        except BaseException:
-            self.close()
-            raise
 
-    async def _open(self) -> None:
-        config = self._config
-        self.chat = chat_format(self.engine)
-        rollouts = Rollouts(config.domains, config.rollout, EnginePolicy(self.engine), self.chat)
+    async def _generate(self, item: Item) -> Group:
+        group = await self._rollouts.play(item)
+        if self.engine.failed is not None:  # which looks like a failure of every episode
+            raise self.engine.failed
+        return group
 
-        async def generate(item: Any) -> Group:
-            group = await rollouts.play(item)
-            if self.engine.failed is not None:
-                raise self.engine.failed
-            return group
+    async def _score(self, group: Group) -> Scores:
+        assert self._teachers is not None
+        return tuple(await asyncio.gather(*map(self._teachers.score, group.trajectories)))
 
-        async def learn(group: Group, scores: Scores) -> Credited:
-            return credit(group, config.credit, scores)
-
-        stages = Stages(generate=generate, credit=learn)
-        weights = {domain.name: domain.weight for domain in config.domains}
-        self.pipeline = Pipeline(stages, Deal(weights), self.ledger, config.pipeline)
+    async def _learn(self, group: Group, scores: Scores) -> Credited:
+        return credit(group, self._credit, scores)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` in the thread, and return what it returns."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def close(self) -> None:
-        """Stop episodes, engine and thread."""
-        self.call(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
-        self.ledger.close()
+        """Stop episodes, teachers, engine and thread."""
+        try:
+            self.call(self._close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+            self.ledger.close()
 
     async def _close(self) -> None:
-        if hasattr(self, "pipeline"):
-            await self.pipeline.close()
+        await self.pipeline.close()
+        if self._teachers is not None:
+            await self._teachers.close()
         await self.engine.close()
+
+
+def _open_teachers(config: RlConfig, path: Path) -> Teachers | None:
+    """Return who scores episodes; raises ConfigError for a domain that names nobody it can."""
+    routes = {domain.name: domain.teacher for domain in config.domains}
+    if config.teachers is not None:
+        return Teachers(config.teachers, student=path, routes=routes)
+    for name, teacher in routes.items():
+        if teacher is not None:
+            raise ConfigError(
+                f"domain {name!r} has teacher {teacher!r} and there are no teachers: add a "
+                "[teachers] table, or leave it out"
+            )
+    return None
 
 
 def _engine_config(config: RlConfig, path: Path) -> EngineConfig:
