@@ -63,8 +63,12 @@ class Ledger:
         with self._explained():
             output.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
-            self._lock()
-            self._read()
+            try:
+                self._lock()
+                self._read()
+            except BaseException:
+                self._file.close()
+                raise
 
     def issue(self, item: Item, version: int) -> None:
         """Note that `item` is going to be played, under weights of `version` or later ones."""
