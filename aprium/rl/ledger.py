@@ -238,6 +238,7 @@ def _write_trajectory(trajectory: Trajectory) -> dict[str, Any]:
         "error": trajectory.error,
         "weight_spans": trajectory.weight_spans,
         "num_turns": trajectory.num_turns,
+        "defects": trajectory.defects,
     }
 
 
@@ -258,6 +259,7 @@ def _read_trajectory(task: str, data: Mapping[str, Any]) -> Trajectory:
         error=data["error"],
         weight_spans=tuple((version, count) for version, count in data["weight_spans"]),
         num_turns=data["num_turns"],
+        defects=tuple((begin, end, what) for begin, end, what in data["defects"]),
     )
 
 

@@ -96,10 +96,10 @@ class RlConfig:
             raise ConfigError(
                 "loss.policy.distillation is 'top_k': say of how many tokens with teachers.top"
             )
-        if self.credit.kl_weight and teachers is None:
+        if teachers is None and (self.credit.kl_weight or any(self.credit.kl_weights.values())):
             raise ConfigError(
-                f"credit.kl_weight is {self.credit.kl_weight} and there are no teachers: add a "
-                "[teachers] table, or set it to 0"
+                "credit.kl_weight or kl_weights ask for teachers and there are none: add a "
+                "[teachers] table, or set them to 0"
             )
 
 
@@ -275,7 +275,7 @@ class _Player:
         return tuple(await asyncio.gather(*map(self._teachers.score, group.trajectories)))
 
     async def _learn(self, group: Group, scores: Scores) -> Credited:
-        return credit(group, self._credit, scores)
+        return learn(group, self._credit, scores)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` in the thread, and return what it returns."""
@@ -299,11 +299,39 @@ class _Player:
         await self.engine.close()
 
 
+def learn(group: Group, config: CreditConfig, scores: Scores) -> Credited:
+    """Return the samples of a group; an episode that its teacher failed to score gives none.
+
+    So a server that is down for a while costs some episodes, and not the run.
+    """
+    domains = {trajectory.domain for trajectory in group.trajectories}
+    if not any(config.kl_weights.get(domain, config.kl_weight) for domain in domains):
+        return credit(group, config, scores)
+    pairs = zip(group.trajectories, scores, strict=True)
+    kept = [(one, said) for one, said in pairs if said is not None or one.error is not None]
+    found = credit(
+        Group(task=group.task, trajectories=tuple(one for one, _ in kept)),
+        config,
+        tuple(said for _, said in kept),
+    )
+    unscored = float(len(scores) - len(kept))
+    return replace(found, figures={**found.figures, "unscored": unscored})
+
+
 def _open_teachers(config: RlConfig, path: Path) -> Teachers | None:
-    """Return who scores episodes; raises ConfigError for a domain that names nobody it can."""
+    """Return who scores episodes; raises ConfigError for a domain that lacks a teacher."""
     routes = {domain.name: domain.teacher for domain in config.domains}
     if config.teachers is not None:
-        return Teachers(config.teachers, student=path, routes=routes)
+        teachers = Teachers(config.teachers, student=path, routes=routes)
+        for name in routes:
+            weight = config.credit.kl_weights.get(name, config.credit.kl_weight)
+            if weight and teachers.teacher_of(name) is None:
+                raise ConfigError(
+                    f"credit.kl_weight of domain {name!r} is {weight:g} and it has no teacher: "
+                    "name one in the domain, give teachers.default, or set its weight to 0 in "
+                    "credit.kl_weights"
+                )
+        return teachers
     for name, teacher in routes.items():
         if teacher is not None:
             raise ConfigError(

@@ -27,6 +27,7 @@ def trajectory(number: int = 0, sampled: tuple[bool, ...] = (False, True, True))
         parts={"correct": 0.3},
         weight_spans=((4, sum(sampled)),) if any(sampled) else (),
         num_turns=1,
+        defects=((1, len(sampled), "no answer"),) if sampled else (),
     )
 
 
