@@ -225,7 +225,7 @@ def test_groups_at_a_time_are_bounded(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 6), max_size=8), st.integers(1, 3))
 def test_fits_is_what_trying_all_orders_says(last_steps: list[int], size: int) -> None:
-    room = {step: size for step in range(7)}
+    room = dict.fromkeys(range(7), size)
     possible = True
     for last in sorted(last_steps):  # the first free place: greedy is optimal for intervals
         place = next((s for s in range(1, last + 1) if room[s]), None)
