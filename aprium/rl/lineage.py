@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from aprium.base.errors import ConfigError
 from aprium.checkpoint.hub import HUB_ID
+from aprium.rl.teachers import SELF, RemoteConfig
 
 Kind = Literal["sft", "warmup", "rl", "mopd", "merge"]
-SELF = "self"  # the student as a round finds it, as its own teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +66,6 @@ class RecoveryConfig:
     max_tokens: int = 256
     baseline: str | None = None
     nodes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemoteConfig:
-    """A teacher on a server: model `model` at `url`, whose key is in environment `key_variable`."""
-
-    url: str
-    model: str
-    key_variable: str | None = None
-    timeout_s: float = 120.0
-    retries: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
