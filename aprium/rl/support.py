@@ -166,9 +166,7 @@ async def score_support(
     teachers = replace(teachers, top=config.top)
     found: list[list[TeacherScores | None]] = []
     for some in (routes, dict.fromkeys(routes, SELF)):
-        opened = Teachers(
-            replace(teachers, strict=False), student=student, routes=some
-        )
+        opened = Teachers(replace(teachers, strict=False), student=student, routes=some)
         try:
             found.append(list(await asyncio.gather(*map(opened.score, trajectories))))
         finally:
@@ -177,6 +175,4 @@ async def score_support(
     for trajectory, theirs, own in zip(trajectories, *found, strict=True):
         if theirs is not None and own is not None:
             domains.setdefault(trajectory.domain, []).append((trajectory, theirs, own))
-    return {
-        name: measure(*map(list, zip(*rows, strict=True))) for name, rows in domains.items()
-    }
+    return {name: measure(*map(list, zip(*rows, strict=True))) for name, rows in domains.items()}
