@@ -36,6 +36,7 @@ from aprium.rl.figures import Tally
 from aprium.rl.ledger import Ledger, Scores
 from aprium.rl.pipeline import Pipeline, PipelineConfig, Played, Stages
 from aprium.rl.rollout import Deal, DomainConfig, RolloutConfig, Rollouts
+from aprium.rl.teachers import Teachers, TeachersConfig, load_models
 from aprium.rl.weights import Weights
 from aprium.train import checkpoint, lora
 from aprium.train.lora import LoraConfig
@@ -65,7 +66,9 @@ class RlConfig:
     `checkpoint` is a directory, a hub id or pico. `engine` has fields of `EngineConfig` for the
     engine that plays, such as `max_num_seqs` or `speculative`. `optimizer` "adamw" trains
     everything with `optim.lr`, "muon" matrices with `optim.muon_lr`. `lora` trains adapters beside
-    the weights, which may then be quantised. Paths are relative to the working directory.
+    the weights, which may then be quantised. `teachers` are those that domains name, for what
+    `credit.kl_weight` and `loss.policy.distillation` make of them. Paths are relative to the
+    working directory.
     """
 
     output: Path
@@ -85,11 +88,27 @@ class RlConfig:
     evaluate: EvaluateConfig | None = field(default_factory=EvaluateConfig)
     engine: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig | None = None
+    teachers: TeachersConfig = field(default_factory=TeachersConfig)
 
     def __post_init__(self) -> None:
-        """Check that there is something to play."""
+        """Check that there is something to play, and that teachers say what is asked of them."""
         if not self.domains:
             raise ConfigError("domains is empty: name at least one")
+        if self.loss.policy.distillation == "top_k" and self.taught and not self.teachers.top:
+            raise ConfigError(
+                "loss.policy.distillation is 'top_k' and teachers.top is 0: say how many of the "
+                "most probable tokens teachers give, such as 20"
+            )
+
+    @property
+    def routes(self) -> dict[str, str | None]:
+        """The teacher that each domain names."""
+        return {domain.name: domain.teacher for domain in self.domains}
+
+    @property
+    def taught(self) -> bool:
+        """Whether any domain has a teacher."""
+        return self.teachers.default is not None or any(self.routes.values())
 
 
 def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path | None:
@@ -111,6 +130,7 @@ def run_config(config: RlConfig) -> Path | None:
     adapter = lora.attach(model, config.lora) if config.lora is not None else None
     recipe = write_recipe(config, config.output)
     learner = Learner(config, Weights(model, adapter), path)
+    full = config.loss.policy.distillation == "full"
     optim = config.optim if config.optimizer == "muon" else replace(config.optim, muon_lr=None)
     try:
         trainer = Trainer(
@@ -121,6 +141,7 @@ def run_config(config: RlConfig) -> Path | None:
             optim=optim,
             loss=config.loss,
             config=config.trainer,
+            teacher=load_models(config.teachers, path, config.routes) if full else None,
             recipe=recipe,
             before_step=adapter.begin if adapter is not None else None,
             more_figures=learner.figures,
@@ -231,7 +252,8 @@ class _Player:
     """The thread in which episodes are played, with its event loop, engine, books and pipeline."""
 
     def __init__(self, config: RlConfig, weights: Weights, path: Path) -> None:
-        self._config = config
+        self._config, self._path = config, path
+        self.teachers: Teachers | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="aprium-rl")
         self.ledger = Ledger(config.output)
@@ -250,6 +272,9 @@ class _Player:
     async def _open(self) -> None:
         config = self._config
         self.chat = chat_format(self.engine)
+        full = config.loss.policy.distillation == "full"  # the trainer has the teachers then
+        if config.taught and not full:
+            self.teachers = Teachers(config.teachers, student=self._path, routes=config.routes)
         rollouts = Rollouts(config.domains, config.rollout, EnginePolicy(self.engine), self.chat)
 
         async def generate(item: Any) -> Group:
@@ -261,9 +286,20 @@ class _Player:
         async def learn(group: Group, scores: Scores) -> Credited:
             return credit(group, config.credit, scores)
 
-        stages = Stages(generate=generate, credit=learn)
+        score = self._score if self.teachers is not None else None
+        stages = Stages(generate=generate, credit=learn, score=score)
         weights = {domain.name: domain.weight for domain in config.domains}
         self.pipeline = Pipeline(stages, Deal(weights), self.ledger, config.pipeline)
+
+    async def _score(self, group: Group) -> Scores:
+        """Ask the domain's teacher about every episode that did not fail."""
+        assert self.teachers is not None
+        teachers = self.teachers
+
+        async def one(trajectory: Trajectory) -> TeacherScores | None:
+            return await teachers.score(trajectory) if trajectory.error is None else None
+
+        return tuple(await asyncio.gather(*map(one, group.trajectories)))
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` in the thread, and return what it returns."""
@@ -281,6 +317,9 @@ class _Player:
     async def _close(self) -> None:
         if hasattr(self, "pipeline"):
             await self.pipeline.close()
+        if self.teachers is not None:
+            log.info("teachers: %s", self.teachers.figures())
+            await self.teachers.close()
         await self.engine.close()
 
 
