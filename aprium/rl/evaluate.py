@@ -58,13 +58,17 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """What `items` episodes earned on average; `tokens` were sampled in each, `errors` failed."""
+    """What `items` episodes earned on average; `tokens` were sampled in each, `errors` failed.
+
+    `rewards` are what each earned, in the order of the tasks, which is that of their settings.
+    """
 
     accuracy: float
     standard_error: float
     items: int
     tokens: float
     errors: int
+    rewards: tuple[float, ...] = ()
 
 
 class Evaluation:
@@ -117,6 +121,7 @@ def _accuracy(trajectories: Sequence[Trajectory]) -> Accuracy:
         items=count,
         tokens=sum(sum(t.sampled) for t in trajectories) / count,
         errors=sum(t.error is not None for t in trajectories),
+        rewards=tuple(rewards),
     )
 
 
@@ -178,4 +183,7 @@ def constant_baselines(
 def as_figures(accuracies: dict[str, Accuracy]) -> dict[str, Any]:
     """Return accuracies as plain values, with the mean over domains first."""
     mean = math.fsum(one.accuracy for one in accuracies.values()) / max(len(accuracies), 1)
-    return {"accuracy": mean, "domains": {name: asdict(a) for name, a in accuracies.items()}}
+    rows = {name: asdict(one) for name, one in accuracies.items()}
+    for row in rows.values():
+        del row["rewards"]
+    return {"accuracy": mean, "domains": rows}

@@ -172,7 +172,8 @@ class NodeState:
     """What has become of a node, as its `node.json` says.
 
     `status` is "begun", "failed" (with `error`) or "done". `digest` stands for its settings and
-    those of all nodes it came from. `checkpoint` is what it made, or passed on; `adapter` with its
+    those of all nodes it came from, `run` for this time that it was run, `parents` map those nodes
+    to theirs. `checkpoint` is what it made, or passed on; `adapter` with its
     `base` is the same as factors, where those were trained. `note` says what was unusual.
     """
 
@@ -180,7 +181,8 @@ class NodeState:
     kind: str
     seed: int
     digest: str
-    parents: tuple[str, ...] = ()
+    run: str
+    parents: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     status: Literal["begun", "failed", "done"] = "begun"
     checkpoint: str | None = None
@@ -192,7 +194,10 @@ class NodeState:
 
 
 def read_state(place: Path) -> NodeState | None:
-    """Return what `place` says of its node, None where it was never begun; raises CheckpointError."""
+    """Return what became of the node in `place`, None where it never began.
+
+    Raises CheckpointError for a file that is damaged.
+    """
     file = place / "node.json"
     try:
         return from_dict(NodeState, json.loads(file.read_text(encoding="utf-8")))
@@ -295,8 +300,8 @@ def _check_domains(recipe: RoundsConfig, where: str, node: NodeConfig) -> None:
         for domain in node.domains or domains:
             if domain not in node.teachers:
                 raise ConfigError(
-                    f"{where}: domain {domain!r} has no teacher: name one, or give a default, which "
-                    f"may be {SELF!r}"
+                    f"{where}: domain {domain!r} has no teacher: name one, or give a default, "
+                    f"which may be {SELF!r}"
                 )
 
 

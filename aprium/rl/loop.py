@@ -24,6 +24,7 @@ from aprium.checkpoint.hub import resolve
 from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
 from aprium.engine.policy import EnginePolicy
+from aprium.model.model import HybridModel
 from aprium.parallel.mesh import require_one_process
 from aprium.rl.credit import CreditConfig, Credited, credit
 from aprium.rl.evaluate import (
@@ -37,7 +38,7 @@ from aprium.rl.figures import Tally
 from aprium.rl.ledger import Item, Ledger, Scores
 from aprium.rl.pipeline import Pipeline, PipelineConfig, Played, Stages
 from aprium.rl.rollout import Deal, DomainConfig, RolloutConfig, Rollouts
-from aprium.rl.teachers import Teachers, TeachersConfig
+from aprium.rl.teachers import Teachers, TeachersConfig, load_models
 from aprium.rl.weights import Weights
 from aprium.train import checkpoint, lora
 from aprium.train.lora import LoraConfig
@@ -87,10 +88,10 @@ class RlConfig:
         if not self.domains:
             raise ConfigError("domains is empty: name at least one")
         form, teachers = self.loss.policy.distillation, self.teachers
-        if form == "full":
+        if form == "full" and teachers is None:
             raise ConfigError(
-                "loss.policy.distillation is 'full', which compares whole vocabularies: teachers "
-                "of a run say what they think of tokens, use 'sampled', 'k3' or 'top_k'"
+                "loss.policy.distillation is 'full', which compares whole vocabularies with those "
+                "of teachers in this process: add a [teachers] table"
             )
         if form == "top_k" and (teachers is None or not teachers.top):
             raise ConfigError(
@@ -133,6 +134,7 @@ def run_config(config: RlConfig) -> Path | None:
             optim=optim,
             loss=config.loss,
             config=config.trainer,
+            teacher=_load_teachers(config, path),
             recipe=recipe,
             before_step=adapter.begin if adapter is not None else None,
             more_figures=learner.figures,
@@ -260,6 +262,7 @@ class _Player:
             policy = EnginePolicy(self.engine)
             self._rollouts = Rollouts(config.domains, config.rollout, policy, self.chat)
             self._credit = config.credit
+            self._full = config.loss.policy.distillation == "full"
             shares = {domain.name: domain.weight for domain in config.domains}
             stages = Stages(
                 generate=self._generate,
@@ -283,6 +286,8 @@ class _Player:
         return tuple(await asyncio.gather(*map(self._teachers.score, group.trajectories)))
 
     async def _learn(self, group: Group, scores: Scores) -> Credited:
+        if self._full:
+            return learn_whole(group, self._credit)
         return learn(group, self._credit, scores)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -326,8 +331,30 @@ def learn(group: Group, config: CreditConfig, scores: Scores) -> Credited:
     return replace(found, figures={**found.figures, "unscored": unscored})
 
 
+def learn_whole(group: Group, config: CreditConfig) -> Credited:
+    """Return the samples of a group whose teachers the trainer itself asks, about every token."""
+    found = credit(group, replace(config, kl_weight=0.0, kl_weights={}))
+    samples = []
+    for sample in found.samples:
+        weight = config.kl_weights.get(sample.domain, config.kl_weight)
+        weights = tuple(weight if counts else 0.0 for counts in sample.rl_weight)
+        samples.append(replace(sample, kl_weight=weights))
+    return replace(found, samples=tuple(samples))
+
+
+def _load_teachers(config: RlConfig, path: Path) -> dict[str, HybridModel] | None:
+    """Return the teachers for the trainer to ask, where the form of distillation is theirs."""
+    if config.loss.policy.distillation != "full":
+        return None
+    assert config.teachers is not None
+    routes = {domain.name: domain.teacher for domain in config.domains}
+    return load_models(config.teachers, path, routes)
+
+
 def _open_teachers(config: RlConfig, path: Path) -> Teachers | None:
     """Return who scores episodes; raises ConfigError for a domain that lacks a teacher."""
+    if config.loss.policy.distillation == "full":
+        return None  # the trainer has them
     routes = {domain.name: domain.teacher for domain in config.domains}
     if config.teachers is not None:
         teachers = Teachers(config.teachers, student=path, routes=routes)

@@ -27,13 +27,15 @@ from aprium.base.log import get_logger
 from aprium.base.memory import available_bytes
 from aprium.base.records import SamplingParams, TeacherScores, TopLogprobs, Trajectory
 from aprium.checkpoint.hub import resolve
-from aprium.checkpoint.load import update_weights
+from aprium.checkpoint.load import load_checkpoint, update_weights
 from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
 from aprium.engine.engine import Engine
+from aprium.model.model import HybridModel
 from aprium.quantize.merge import Overlay
 from aprium.serve.remote import RemotePolicy
 from aprium.text.tokenizer import Tokenizer
+from aprium.train import lora
 
 log = get_logger("rl")
 SELF = "self"  # the student as it is at the start of a round, as its own teacher
@@ -160,11 +162,11 @@ class Teachers:
         used = {name for name in self._routes.values() if name is not None}
         self._student = resolve(student)
         self._tokenizer = Tokenizer.load(self._student)
-        self._local: dict[str, _Weights] = {}
+        self.local: dict[str, _Weights] = {}  # those in this process
         self._remote: dict[str, _Remote] = {}
         for name in sorted(used):
             self._place(name, known)
-        adapted = {weights.base for weights in self._local.values() if weights.adapter}
+        adapted = {weights.base for weights in self.local.values() if weights.adapter}
         self._residents = _Residents(config, adapted)
         self._tallies = {name: _Tally() for name in used}
         self._waiting: deque[_Job] = deque()
@@ -204,7 +206,7 @@ class Teachers:
                 f"({self._student}): token {different} is {other!r} there and {mine!r} here; a "
                 "teacher must share the student's vocabulary"
             )
-        self._local[name] = _Weights(base.resolve(), teacher.adapter)
+        self.local[name] = _Weights(base.resolve(), teacher.adapter)
 
     def teacher_of(self, domain: str) -> str | None:
         """Return the name of the teacher of `domain`; raises ConfigError for an unknown domain."""
@@ -229,9 +231,9 @@ class Teachers:
             if name in self._remote:
                 scores, top = await self._remote[name].score(tokens, self._config.top)
             else:
-                scores, top = await self._enqueue(self._local[name], tokens)
+                scores, top = await self._enqueue(self.local[name], tokens)
         except (RequestError, EngineError) as error:
-            if name in self._local and isinstance(error, EngineError):
+            if name in self.local and isinstance(error, EngineError):
                 raise  # it is in this process: nothing will mend by itself
             self._lose(name, trajectory, error)
             return None
@@ -315,6 +317,35 @@ class Teachers:
         await self._residents.close()
         for remote in self._remote.values():
             await remote.close()
+
+
+def load_models(
+    config: TeachersConfig, student: str | Path, routes: Mapping[str, str | None]
+) -> dict[str, HybridModel]:
+    """Return the teacher of each domain as a model in this process, for their whole distributions.
+
+    Each stays in the formats of its file. Raises ConfigError for a domain without one, or one on a
+    server.
+    """
+    found: dict[_Weights, HybridModel] = {}
+    models = {}
+    known = Teachers(config, student=student, routes=routes)
+    for domain in routes:
+        name = known.teacher_of(domain)
+        if name is None or name not in known.local:
+            what = "none" if name is None else f"{name!r}, which is on a server"
+            raise ConfigError(
+                f"loss.policy.distillation is 'full' and the teacher of {domain!r} is {what}: give "
+                "it a checkpoint, or use 'sampled' or 'top_k'"
+            )
+        weights = known.local[name]
+        if weights not in found:
+            model = load_checkpoint(weights.base, load="memory").model
+            if weights.adapter is not None:
+                lora.load(model, weights.adapter)
+            found[weights] = model.requires_grad_(False)
+        models[domain] = found[weights]
+    return models
 
 
 class _Weights(NamedTuple):
