@@ -142,7 +142,8 @@ def run_config(config: RlConfig) -> Path | None:
         if not trainer.run():
             log.info("stopped at step %d: the same command continues", trainer.progress.step)
             return None
-        learner.finish()
+        if learner.finish():
+            trainer.write_page()
     finally:
         learner.close()
     if adapter is not None:
@@ -189,10 +190,10 @@ class Learner:
         """Return what was played since the last call."""
         return self._tally.take()
 
-    def finish(self) -> None:
-        """Evaluate the weights at the end of the run, and write what was found."""
+    def finish(self) -> bool:
+        """Evaluate the weights at the end of the run, if at all, and write what was found."""
         if self._evaluation is None:
-            return
+            return False
         player = self._play()
         player.call(self._evaluate(player, self._step))
         rows = self._metrics.read("accuracy")
@@ -205,6 +206,7 @@ class Learner:
         log.info(
             "held-out accuracy: %.3f before, %.3f after", rows[0]["accuracy"], rows[-1]["accuracy"]
         )
+        return True
 
     def close(self) -> None:
         """Stop everything that was started."""
