@@ -317,19 +317,19 @@ class Generators:
         """Return the model to play with; see `Generation`."""
         return _RemotePolicy(self, self._cluster.config.max_losses + 1, priority)
 
-    async def push(self, weights: Weights, version: int) -> None:
+    async def push(self, weights: Weights, version: int, *, recompute: bool = False) -> None:
         """Replace the weights; see `Generation`."""
         changed, num_all = weights.changed(), weights.num_tensors
         new = await asyncio.to_thread(lambda: self._cluster.ray.put(pack(changed)))
         self._version = version
         self._all, self._some = (new, None) if len(changed) == num_all else (self._all, new)
         ready = [member for member in self.pool.members if member.ready]
-        await asyncio.gather(*(self._update(member, version, new) for member in ready))
+        await asyncio.gather(*(self._update(member, version, new, recompute) for member in ready))
 
-    async def _update(self, member: Member, version: int, weights: Any) -> None:
+    async def _update(self, member: Member, version: int, weights: Any, recompute: bool) -> None:
         actor = member.actor
         try:
-            found = await self.pool.call(actor, "update", version, weights)
+            found = await self.pool.call(actor, "update", version, weights, recompute)
         except (LostError, EngineError) as error:
             self.pool.lose(member, actor, error)  # who replaces it begins with these
         else:
@@ -429,10 +429,10 @@ class GeneratorActor:
         )
         await self.update(version, changed or {})
 
-    async def update(self, version: int, weights: Packed) -> int:
+    async def update(self, version: int, weights: Packed, recompute: bool = False) -> int:
         """Replace weights, and return the version of those that play from now on."""
         assert self._engine is not None
-        await replace_weights(self._engine, unpack(weights), version)
+        await replace_weights(self._engine, unpack(weights), version, recompute=recompute)
         return self._engine.stats().weight_version
 
     async def complete_all(

@@ -31,10 +31,11 @@ class Generation(Protocol):
         """Return the model to play with; lower `priority` goes first."""
         ...
 
-    async def push(self, weights: Weights, version: int) -> None:
+    async def push(self, weights: Weights, version: int, *, recompute: bool = False) -> None:
         """Replace the weights; when this returns every engine that plays has them.
 
-        Nothing may train the model meanwhile. Raises EngineError when no engine is left.
+        Sequences under way go on from their states, or with `recompute` from their tokens. Nothing
+        may train the model meanwhile. Raises EngineError when no engine is left.
         """
         ...
 
@@ -63,9 +64,9 @@ class Embedded:
         """Return the model to play with; see `Generation`."""
         return EnginePolicy(self._engine, priority=priority)
 
-    async def push(self, weights: Weights, version: int) -> None:
+    async def push(self, weights: Weights, version: int, *, recompute: bool = False) -> None:
         """Replace the weights; see `Generation`."""
-        await weights.push(self._engine, version)
+        await weights.push(self._engine, version, recompute=recompute)
 
     async def close(self) -> None:
         """Stop the engine."""

@@ -144,7 +144,7 @@ class Scripted:
         await asyncio.sleep(0.01)
         self.version = version
 
-    async def update(self, version: int, weights: Any) -> int:
+    async def update(self, version: int, weights: Any, recompute: bool = False) -> int:
         self.version = version
         return version
 

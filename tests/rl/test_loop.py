@@ -76,6 +76,22 @@ def test_in_turns_a_run_is_reproducible_and_resumes_bit_for_bit(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("no_page")
+def test_a_curriculum_goes_on_where_it_was(tmp_path: Path) -> None:
+    changes = {"rollout": {"pool": 4}, "curriculum": {"steps": 3}, "evaluate": None}
+    config = recipe(tmp_path / "out", **changes)
+    run_config(config)
+    wanted = weights(config.output, 4)
+    shutil.rmtree(config.output / "step-000004")
+    lines = (config.output / "ledger.jsonl").read_text().splitlines(keepends=True)
+    trained = [i for i, line in enumerate(lines) if '"trained", "step": 2' in line]
+    (config.output / "ledger.jsonl").write_text("".join(lines[: trained[0] + 1]))
+    run_config(config)  # step 2 again as it was, step 3 dealt anew
+    assert same(weights(config.output, 4), wanted)
+    items = [json.loads(line) for line in lines if '"issued"' in line]
+    assert max(item["index"] for item in items) < 4
+
+
+@pytest.mark.usefixtures("no_page")
 def test_steps_after_the_last_checkpoint_are_taken_again(tmp_path: Path) -> None:
     """With generation ahead of training too, since the ledger has the batches."""
     config = recipe(tmp_path / "out", pipeline={"max_age": 2}, evaluate=None)
@@ -177,6 +193,7 @@ def test_an_episode_without_scores_is_left_out() -> None:
             ConfigError,
             "with teachers.top",
         ),
+        ({"curriculum": {"steps": 3}}, ConfigError, "with rollout.pool"),
         ({"rollout": {"temperature": 0.0}}, ConfigError, "episodes of a group must differ"),
         ({"engine": {"max_num_sequences": 4}}, ConfigError, "unknown key engine.max_num_sequences"),
         (
