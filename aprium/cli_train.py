@@ -44,10 +44,34 @@ def sft(recipe: Path, settings: tuple[str, ...]) -> None:
     from aprium.train.sft import run
 
     directory = run(recipe, dict(setting(text) for text in settings))
-    if directory is not None and (directory / "adapter_config.json").exists():
-        click.echo(f"{directory}: merge it with aprium lora-merge CHECKPOINT {directory} OUT")
-    elif directory is not None:
-        click.echo(f"{directory}: open it with aprium chat {directory}")
+    if directory is not None:
+        click.echo(_what_next(directory))
+
+
+def _what_next(directory: Path) -> str:
+    """Say what to do with the result of a run."""
+    if (directory / "adapter_config.json").exists():
+        return f"{directory}: merge it with aprium lora-merge CHECKPOINT {directory} OUT"
+    return f"{directory}: open it with aprium chat {directory}"
+
+
+@click.command()
+@recipe_options
+def rl(recipe: Path, settings: tuple[str, ...]) -> None:
+    """Let a checkpoint learn of what it earns in environments, or go on with a run.
+
+    It plays episodes, groups of them are compared, and it is trained on its own tokens; with
+    teachers (see aprium mopd) also on what they say of them. The result is written to OUTPUT/model,
+    or with a [lora] table to OUTPUT/adapter, held-out accuracy before and after, beside that of the
+    best constant answer, to OUTPUT/evaluation.json, and what became of every episode to
+    OUTPUT/ledger.jsonl. recipes/rl-pico.toml is complete.
+    """
+    configure_logging()
+    from aprium.rl.loop import run
+
+    directory = run(recipe, dict(setting(text) for text in settings))
+    if directory is not None:
+        click.echo(_what_next(directory))
 
 
 @click.command(name="boost-mtp")

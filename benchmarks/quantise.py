@@ -38,6 +38,7 @@ from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 from aprium.train.batch import collate
 from aprium.train.losses import LossConfig, compute_losses
+from aprium.train.policy_loss import PolicyLossConfig
 from aprium.train.pretrain import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +122,8 @@ class Bench:
     @torch.no_grad()
     def quality(self, model: HybridModel) -> dict[str, float]:
         """Return perplexity, and divergence from pico, over the weighted held-out tokens."""
-        loss = LossConfig(kl_weight=1.0, mtp_weight=0.0)
+        policy = PolicyLossConfig(distillation="full", direction="forward")
+        loss = LossConfig(mtp_weight=0.0, policy=policy)
         total = {"ce": 0.0, "kl": 0.0, "weight": 0.0}
         for begin in range(0, len(self.heldout), 32):
             batch = collate(self.heldout[begin : begin + 32])

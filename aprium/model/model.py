@@ -553,12 +553,14 @@ class HybridModel(nn.Module):
         routing: list[Routing] | None = None,
         depth: int = 0,
         recompute: bool = False,
+        detach: bool = False,
     ) -> Tensor:
         """Run the prediction head once: from position t and token t + 1 towards token t + 2.
 
         `hidden` [T, D] is what `forward` returned, or for the next depth what this returned;
         `next_tokens` int64 [T]. A model with one physical head uses it at every `depth`. Returns
-        [T, D]; `logits` of it predict the token after `next_tokens`.
+        [T, D]; `logits` of it predict the token after `next_tokens`. With `detach` the embeddings
+        get no gradient of it.
         """
         config = self.config
         size, head = len(config.mtp_layers), min(depth, config.num_mtp_layers - 1)
@@ -567,6 +569,7 @@ class HybridModel(nn.Module):
         if native is not None and state is not None:
             return native.predict(hidden, next_tokens, layout, state, head)
         embedded = self._embed(next_tokens)
+        embedded = embedded.detach() if detach else embedded
         x, index = hidden, config.layers.count("attention")
         for block in layers:
             x = _run(block, x, Context(layout, state, index, routing), recompute, embedded)

@@ -18,9 +18,12 @@ _CHUNK_VALUES = 1 << 23
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the natural-log probability of each target under softmax(hidden @ weight.T).
 
-    `hidden` [R, D], `weight` [V, D], `targets` int64 [R]. Returns float32 [R] (float64 for float64
-    input), differentiable in `hidden` and `weight`.
+    `hidden` [R, D], `weight` [V, D], `targets` int64 [R], or [R, K] for several of each row.
+    Returns float32 (float64 for float64 input) of the shape of `targets`, differentiable in
+    `hidden` and `weight`.
     """
+    if targets.dim() == 1:
+        return token_logprobs(hidden, weight, targets.unsqueeze(1)).squeeze(1)
     return _TokenLogprobs.apply(hidden, weight, targets)
 
 
@@ -31,11 +34,10 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows, wanted in _chunks(hidden, weight, targets):
             logits = _wide(linear(rows, weight))
             norm = logits.logsumexp(-1)
-            out.append(logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - norm)
+            out.append(logits.gather(1, wanted) - norm.unsqueeze(1))
             norms.append(norm)
-        empty = _wide(hidden.new_empty(0))
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(norms) if norms else empty)
-        return torch.cat(out) if out else empty
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(norms))
+        return torch.cat(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -45,10 +47,10 @@ class _TokenLogprobs(torch.autograd.Function):
         done = 0
         for rows, wanted in _chunks(hidden, weight, targets):
             part = slice(done, done + rows.shape[0])
-            grad = grads[0][part].unsqueeze(1)
+            grad = grads[0][part]
             # d logprob / d logits = onehot - softmax.
-            wide = _wide(linear(rows, weight)).sub_(norms[part].unsqueeze(1)).exp_().mul_(-grad)
-            wide.scatter_add_(1, wanted.unsqueeze(1), grad)
+            wide = _wide(linear(rows, weight)).sub_(norms[part].unsqueeze(1)).exp_()
+            wide.mul_(-grad.sum(1, keepdim=True)).scatter_add_(1, wanted, grad)
             grad_hidden[part] = (wide @ weight.to(wide.dtype)).to(hidden.dtype)
             grad_weight.addmm_(wide.T, rows.to(wide.dtype))
             done = part.stop
@@ -56,45 +58,68 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def kl_divergence(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    reverse: bool = False,
 ) -> Tensor:
     """Return KL(teacher || student) over the whole vocabulary for each row, in nats.
 
     `hidden` [R, D] and `weight` [V, D] are the student's, `teacher_hidden` [R, D'] and
-    `teacher_weight` [V, D'] the teacher's. Returns float32 [R], differentiable in the student's.
+    `teacher_weight` [V, D'] the teacher's. `reverse` gives KL(student || teacher). Returns float32
+    [R], differentiable in the student's.
     """
-    return _KLDivergence.apply(hidden, weight, teacher_hidden, teacher_weight)
+    return _KLDivergence.apply(hidden, weight, teacher_hidden, teacher_weight, reverse)
 
 
 class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        reverse: bool,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight)
+        ctx.reverse = reverse
         out = []
         for rows, wanted in _chunks(hidden, weight, teacher_hidden):
             teacher = _wide(linear(wanted, teacher_weight)).log_softmax(-1)
             student = _wide(linear(rows, weight)).log_softmax(-1)
-            out.append((teacher.exp() * (teacher - student)).sum(-1))
-        return torch.cat(out) if out else _wide(hidden.new_empty(0))
+            first, second = (student, teacher) if reverse else (teacher, student)
+            out.append((first.exp() * (first - second)).sum(-1))
+        return torch.cat(out)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, teacher_hidden, teacher_weight = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=grads[0].dtype)
         done = 0
         for rows, wanted in _chunks(hidden, weight, teacher_hidden):
             part = slice(done, done + rows.shape[0])
-            # d KL / d logits = softmax of the student - softmax of the teacher.
-            wide = _wide(linear(rows, weight)).softmax(-1)
-            wide -= _wide(linear(wanted, teacher_weight)).softmax(-1)
+            wide, logits = (
+                _wide(linear(rows, weight)),
+                _wide(linear(wanted, teacher_weight)),
+            )
+            if ctx.reverse:
+                # d KL / d logits = p (log p - log q - KL), p of the student, q of the teacher.
+                student = wide.log_softmax(-1)
+                wide = student.exp()
+                gap = student - logits.log_softmax(-1)
+                wide *= gap - (wide * gap).sum(-1, keepdim=True)
+            else:
+                # d KL / d logits = softmax of the student - softmax of the teacher.
+                wide = wide.softmax(-1) - logits.softmax(-1)
             wide *= grads[0][part].unsqueeze(1)
             grad_hidden[part] = (wide @ weight.to(wide.dtype)).to(hidden.dtype)
             grad_weight.addmm_(wide.T, rows.to(wide.dtype))
             done = part.stop
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 def _wide(x: Tensor) -> Tensor:

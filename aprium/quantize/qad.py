@@ -31,9 +31,16 @@ from aprium.quantize.encode import FUSED
 from aprium.quantize.streams import Stream, compare, normalise
 from aprium.train.losses import LossConfig
 from aprium.train.optim import OptimConfig
+from aprium.train.policy_loss import PolicyLossConfig
 from aprium.train.trainer import Trainer, TrainerConfig
 
-_LOSS = LossConfig(ce_weight=0.0, kl_weight=1.0, mtp_weight=0.0, balance_weight=0.0, bias_rate=0.0)
+_LOSS = LossConfig(
+    ce_weight=0.0,
+    mtp_weight=0.0,
+    balance_weight=0.0,
+    bias_rate=0.0,
+    policy=PolicyLossConfig(distillation="full", direction="forward"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,15 @@ Every process of a run draws the same samples and takes its share, so that a ste
 same ones however many processes there are.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aprium.base.records import Sample
+from aprium.base.records import SAMPLE_STREAMS, Sample
 from aprium.model.layout import Layout
 from aprium.parallel.mesh import Axis
 
@@ -21,8 +22,10 @@ class Batch:
     """Packed samples.
 
     tokens int64 [T]; ce_weight float32 [T], aligned with the token predicted; domains int64 [T],
-    index into `domain_names`. A segment after the first `num_samples` is a filler, which counts
-    for nothing.
+    index into `domain_names`. `streams` are the others of the samples that have any, float32 [T],
+    NaN where a sample has not. `top` are the teachers' most probable tokens, int64 [T, K], and
+    their log-probabilities, float32 [T, K], -inf where there are fewer; None where there are none.
+    A segment after the first `num_samples` is a filler, which counts for nothing.
     """
 
     tokens: Tensor
@@ -31,19 +34,29 @@ class Batch:
     domain_names: tuple[str, ...]
     layout: Layout
     num_samples: int
+    streams: Mapping[str, Tensor] = field(default_factory=dict)
+    top: tuple[Tensor, Tensor] | None = None
+
+    def stream(self, name: str, missing: float) -> Tensor:
+        """Return a stream of the samples, [T], with `missing` where there is none."""
+        if name not in self.streams:
+            return torch.full_like(self.ce_weight, missing)
+        stream = self.streams[name]
+        return stream.where(~stream.isnan(), missing)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the samples, without a filler's."""
         return sum(self.layout.lengths[: self.num_samples])
 
-    def predicted(self, ahead: int) -> Tensor:
+    def predicted(self, ahead: int, weights: Tensor | None = None) -> Tensor:
         """Return the indices of weighted tokens that lie at least `ahead` into their document.
 
         Hidden state number i - ahead is about predicting token i: `ahead` is 1 for the backbone,
-        2 for the first prediction depth.
+        2 for the first prediction depth. `weights` [T] are by default those of the cross-entropy.
         """
-        usable = (self.ce_weight != 0) & (self.layout.positions >= ahead)
+        weights = self.ce_weight if weights is None else weights
+        usable = (weights != 0) & (self.layout.positions >= ahead)
         return usable.nonzero().squeeze(1)
 
     def remaining(self) -> Tensor:
@@ -64,6 +77,7 @@ def collate(samples: Sequence[Sample], least: int = 0) -> Batch:
     tokens = torch.tensor([t for s in samples for t in s.tokens], dtype=torch.int64)
     weights = torch.tensor([w for s in samples for w in s.ce_weight], dtype=torch.float32)
     missing = max(0, least - len(tokens))
+    streams, top = _streams(samples, missing), _top(samples, missing)
     if missing:
         tokens, weights, domains = (F.pad(t, (0, missing)) for t in (tokens, weights, domains))
         lengths.append(missing)
@@ -74,7 +88,35 @@ def collate(samples: Sequence[Sample], least: int = 0) -> Batch:
         domain_names=names,
         layout=Layout.packed(lengths),
         num_samples=len(samples),
+        streams=streams,
+        top=top,
     )
+
+
+def _streams(samples: Sequence[Sample], missing: int) -> dict[str, Tensor]:
+    """Return the streams, but `ce_weight`, that any of `samples` has, with a filler at the end."""
+    found: dict[str, Tensor] = {}
+    for name in SAMPLE_STREAMS:
+        if name == "ce_weight" or not any(getattr(sample, name) for sample in samples):
+            continue
+        values: list[float] = []
+        for sample in samples:
+            values += getattr(sample, name) or (math.nan,) * len(sample.tokens)
+        stream = torch.tensor(values, dtype=torch.float32)
+        found[name] = F.pad(stream, (0, missing), value=math.nan)
+    return found
+
+
+def _top(samples: Sequence[Sample], missing: int) -> tuple[Tensor, Tensor] | None:
+    """Return the tokens and log-probabilities of `teacher_top`, with a filler at the end."""
+    if not any(sample.teacher_top for sample in samples):
+        return None
+    rows = [row for s in samples for row in s.teacher_top or ({},) * len(s.tokens)]
+    rows += [{}] * missing
+    width = max(map(len, rows))
+    ids = [[*row, *(0,) * (width - len(row))] for row in rows]
+    logs = [[*row.values(), *(-math.inf,) * (width - len(row))] for row in rows]
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(logs, dtype=torch.float32)
 
 
 def share_samples(samples: Sequence[Sample], axis: Axis) -> list[Sample]:

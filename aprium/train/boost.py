@@ -32,7 +32,7 @@ from aprium.model.model import HybridModel, Routing
 from aprium.ops.logprob import kl_divergence
 from aprium.parallel.mesh import require_one_process
 from aprium.train.batch import Batch
-from aprium.train.losses import LossConfig, Losses, Whole, sum_balance
+from aprium.train.losses import LossConfig, Losses, Teacher, Whole, sum_balance
 from aprium.train.optim import OptimConfig
 from aprium.train.pretrain import export, write_json, write_recipe
 from aprium.train.sft import open_model, read_text
@@ -156,14 +156,14 @@ class Objective:
         model: HybridModel,
         batch: Batch,
         config: LossConfig,
-        teacher: HybridModel | None = None,
+        teacher: Teacher | None = None,
         *,
         whole: Whole | None = None,
         recompute: bool = False,
     ) -> Losses:
         """Return the mean over steps of the divergence; `mtp` is that of the last step."""
         parts, routing = self.by_step(model, batch, whole, recompute)
-        count = None if whole is None else whole.samples
+        count = None if whole is None else int(whole.samples)
         balance = sum_balance(routing, batch.layout, num_samples=count) / self._steps
         mean = torch.stack(parts).mean()
         return Losses(

@@ -1,42 +1,57 @@
-"""What training minimises: cross-entropy, divergence from a teacher, token heads, expert balance.
+"""What training minimises: cross-entropy, policy, teachers, token heads, expert balance.
 
 Every sum over tokens is divided by the batch's total weight, so that the loss does not depend on
 how samples fell into steps. Source: docs/training.md; DeepSeek-V3 (arXiv 2412.19437) for MTP with
 shared weights, the sequence-wise balance loss and balancing by bias.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from aprium.base.errors import ConfigError
+from aprium.base.errors import ConfigError, DataError
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel, Routing
 from aprium.ops.logprob import kl_divergence, token_logprobs
 from aprium.parallel.collectives import total as sum_over
 from aprium.parallel.mesh import Axis, Mesh
 from aprium.train.batch import Batch
+from aprium.train.policy_loss import (
+    PolicyLossConfig,
+    PolicyTokens,
+    k3,
+    loss_weights,
+    policy_losses,
+    top_k_divergence,
+)
+
+Teacher = HybridModel | Mapping[str, HybridModel]  # one for all, or by domain
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights of the parts of the loss.
 
-    `ce_weight` scales the cross-entropy, and `kl_weight` the divergence KL(teacher || model) over
-    the whole vocabulary, for which there must be a teacher. `mtp_weight` is the total over
-    `mtp_depths` recursive applications of the prediction head.
-    `balance_weight` scales the sequence-wise balance loss, `bias_rate` the step of the selection
-    bias after each update.
+    `ce_weight` scales the cross-entropy; `policy` is what is made of sampled tokens and teachers.
+    `kl_weight` scales the divergence from teachers where `policy.distillation` makes it a term of
+    its own; "full" is KL over the whole vocabulary, for which there must be a teacher, and takes
+    samples without a `kl_weight` by their `ce_weight`. `mtp_weight` is the total over `mtp_depths`
+    recursive applications of the prediction head, on all tokens with a `ce_weight` or `rl_weight`;
+    with `mtp_detach` only the head learns from it. `balance_weight` scales the sequence-wise
+    balance loss, `bias_rate` the step of the selection bias after each update.
     """
 
     ce_weight: float = 1.0
-    kl_weight: float = 0.0
+    kl_weight: float = 1.0
     mtp_weight: float = 0.1
     mtp_depths: int = 2
+    mtp_detach: bool = False
     balance_weight: float = 1e-4
     bias_rate: float = 1e-3
+    policy: PolicyLossConfig = field(default_factory=PolicyLossConfig)
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -54,8 +69,9 @@ class LossConfig:
 class Losses:
     """One step's loss [] with gradients, and its parts as detached figures.
 
-    `total`, `logprobs`, `predicted` and `routing` are of this process's share of the tokens, the
-    figures of all.
+    `total`, `logprobs`, `predicted`, `routing` and `policy` are of this process's share of the
+    tokens, the figures of all. `policy` has by domain the sums and counts of `FIGURES`, float64
+    [2, figures].
     """
 
     total: Tensor
@@ -63,63 +79,105 @@ class Losses:
     kl: float
     mtp: float
     balance: float
+    rl: float = 0.0
     logprobs: Tensor
     predicted: Tensor
     routing: list[Routing]
+    policy: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """What sums are divided by: the total weight and number of samples of all parts of a step."""
+    """What sums are divided by: totals of all parts of a step, on all processes.
+
+    `weight` is that of the cross-entropy, `head` of the prediction head's, `rl` and `kl` of the
+    policy's and the divergence from teachers.
+    """
 
     weight: float
-    samples: int
+    samples: float
+    head: float
+    rl: float
+    kl: float
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], config: LossConfig, mesh: Mesh) -> "Whole":
+        """Count `batches`, which are this process's parts of a step."""
+        counts = torch.zeros(5, dtype=torch.float64)
+        for batch in batches:
+            rl = batch.stream("rl_weight", 0.0)
+            ids, num = batch.layout.segment_ids, batch.layout.num_segments
+            values = (
+                *(batch.ce_weight.double().sum(), batch.num_samples),
+                *(
+                    _head_weights(batch).double().sum(),
+                    loss_weights(rl, ids, num, config.policy)[1],
+                ),
+                _teacher_weights(batch, config.policy).double().sum(),
+            )
+            counts += torch.tensor([float(value) for value in values], dtype=torch.float64)
+        return cls(*sum_over(counts, mesh.dp).tolist())
+
+
+def _head_weights(batch: Batch) -> Tensor:
+    """Return what a token weighs for the prediction head, [T]: all that is learnt in any way."""
+    return batch.ce_weight + batch.stream("rl_weight", 0.0)
+
+
+def _teacher_weights(batch: Batch, config: PolicyLossConfig) -> Tensor:
+    """Return what a token weighs in the divergence from teachers, [T]."""
+    if config.distillation == "sampled":
+        return torch.zeros_like(batch.ce_weight)
+    if config.distillation == "full":
+        given = batch.stream("kl_weight", math.nan)
+        return given.where(~given.isnan(), batch.ce_weight)
+    return batch.stream("kl_weight", 0.0)
 
 
 def compute_losses(
     model: HybridModel,
     batch: Batch,
     config: LossConfig,
-    teacher: HybridModel | None = None,
+    teacher: Teacher | None = None,
     *,
     whole: Whole | None = None,
     recompute: bool = False,
 ) -> Losses:
     """Run the model over `batch` and return the loss.
 
-    `teacher` is what `kl_weight` asks for. Where `batch` is a part of a step, `whole` is the step,
-    and losses of the parts add up to the step's. `recompute` keeps the inputs of layers alone and
-    runs each again for its gradient. `logprobs` of the result are those of the tokens at indices
-    `predicted` under the backbone.
+    `teacher` is what the full form of distillation asks for. Where `batch` is a part of a step,
+    `whole` is the step, and losses of the parts add up to the step's. `recompute` keeps the inputs
+    of layers alone and runs each again for its gradient. `logprobs` of the result are those of the
+    tokens at indices `predicted` under the backbone. Raises ConfigError for a domain that no
+    teacher has, DataError for samples that lack what the form of distillation needs.
     """
     routing: list[Routing] = []
     mesh, rows = model.mesh, model.mesh.rows(batch.layout.num_tokens)
     hidden = model(batch.tokens, batch.layout, routing=routing, recompute=recompute)
-    head = model.head_weight
-    whole = whole or _whole(batch, mesh)
-    norm = whole.weight
-    predicted = _own(batch.predicted(1), 1, rows, mesh)
-    weights = batch.ce_weight[predicted]
+    whole = whole or Whole.of([batch], config, mesh)
+    learnt = batch.ce_weight.abs() + batch.stream("rl_weight", 0.0).abs()
+    if config.policy.distillation == "k3":
+        learnt = learnt + batch.stream("kl_weight", 0.0).abs()
+    predicted = _own(batch.predicted(1, learnt), 1, rows, mesh)
     own = hidden[predicted - 1 - rows.start]
-    logprobs = token_logprobs(own, head, batch.tokens[predicted])
-    ce = -(logprobs * weights).sum() / norm
-    total, kl, mtp = config.ce_weight * ce, torch.zeros(()), torch.zeros(())
-    if config.kl_weight:
-        assert teacher is not None
-        with torch.no_grad():
-            wanted = teacher(batch.tokens, batch.layout)[predicted - 1]
-        found = kl_divergence(own, head, wanted, teacher.head_weight)
-        kl = (found * weights).sum() / norm
+    logprobs = token_logprobs(own, model.head_weight, batch.tokens[predicted])
+    ce = -(logprobs * batch.ce_weight[predicted]).sum() / (whole.weight or 1.0)
+    rl, policy = _policy_loss(logprobs, predicted, batch, config.policy, mesh, whole)
+    total = config.ce_weight * ce + rl
+    kl, mtp = torch.zeros(()), torch.zeros(())
+    if whole.kl and config.kl_weight:
+        reached = _divergence(model, hidden, logprobs, predicted, batch, config.policy, teacher)
+        kl = reached / whole.kl
         total = total + config.kl_weight * kl
-    if model.config.num_mtp_layers and config.mtp_weight:
-        mtp = _mtp_loss(model, hidden, batch, config.mtp_depths, norm, routing, recompute)
+    if model.config.num_mtp_layers and config.mtp_weight and whole.head:
+        mtp = _mtp_loss(model, hidden, batch, config, whole.head, routing, recompute)
         total = total + config.mtp_weight * mtp
     own_tokens = max(0, min(rows.stop, batch.num_tokens) - rows.start)
     routing = [Routing(r.name, r.scores[:own_tokens], r.experts[:own_tokens]) for r in routing]
-    balance = sum_balance(routing, batch.layout, mesh, whole.samples)
+    balance = sum_balance(routing, batch.layout, mesh, int(whole.samples))
     if config.balance_weight:
         total = total + config.balance_weight * balance
-    figures = torch.stack([figure.detach() for figure in (ce, kl, mtp, balance)])
+    figures = torch.stack([figure.detach() for figure in (ce, kl, mtp, balance, rl)])
     figures = sum_over(figures, mesh.data).tolist()
     return Losses(
         total=total,
@@ -127,17 +185,114 @@ def compute_losses(
         kl=figures[1],
         mtp=figures[2],
         balance=figures[3],
+        rl=figures[4],
         logprobs=logprobs.detach(),
         predicted=predicted,
         routing=routing,  # a copy: what runs again for its gradient notes its routing again
+        policy=policy,
     )
 
 
-def _whole(batch: Batch, mesh: Mesh) -> Whole:
-    """Return the weight and the number of the samples of all processes."""
-    weight = batch.ce_weight[batch.predicted(1)].sum()
-    counts = sum_over(torch.stack((weight, weight.new_tensor(batch.num_samples))), mesh.dp)
-    return Whole(float(counts[0]), int(counts[1]))
+def _policy_loss(
+    logprobs: Tensor,
+    predicted: Tensor,
+    batch: Batch,
+    config: PolicyLossConfig,
+    mesh: Mesh,
+    whole: Whole,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return this process's share of the policy's loss, and its figures by domain."""
+    weights = batch.stream("rl_weight", 0.0)
+    if not whole.rl or "rl_weight" not in batch.streams:
+        return torch.zeros(()), {}
+    sequences, num = batch.layout.segment_ids, batch.layout.num_segments
+    scaled = loss_weights(weights, sequences, num, config)[0]
+    chosen = weights[predicted] != 0
+    at = predicted[chosen]
+    tokens = PolicyTokens(
+        logprobs=logprobs[chosen],
+        advantages=batch.stream("advantage", 0.0)[at],
+        behaviour=batch.stream("behaviour_logprob", math.nan)[at],
+        prox=batch.stream("prox_logprob", math.nan)[at],
+        kl_weights=batch.stream("kl_weight", 0.0)[at],
+        teacher=batch.stream("teacher_logprob", math.nan)[at],
+        sequences=sequences[at],
+        num_sequences=num,
+    )
+    if config.distillation == "sampled" and tokens.teacher[tokens.kl_weights != 0].isnan().any():
+        raise DataError(_LACKING.format(what="teacher_logprob", form="sampled"))
+    losses, figures = policy_losses(tokens, config, lambda x: sum_over(x, mesh.cp))
+    found = {}
+    for i, name in enumerate(batch.domain_names):
+        mine = figures[batch.domains[at] == i].double()
+        found[name] = torch.stack((mine.nansum(0), (~mine.isnan()).double().sum(0)))
+    return (losses * scaled[at]).sum() / whole.rl, found
+
+
+_LACKING = (
+    "a sample has a kl_weight and no {what}, which loss.policy.distillation = {form!r} needs: let "
+    "its teacher score it"
+)
+
+
+def _divergence(
+    model: HybridModel,
+    hidden: Tensor,
+    logprobs: Tensor,
+    predicted: Tensor,
+    batch: Batch,
+    config: PolicyLossConfig,
+    teacher: Teacher | None,
+) -> Tensor:
+    """Return this process's weighted sum of the divergences from teachers."""
+    weights, form = _teacher_weights(batch, config), config.distillation
+    if form == "k3":
+        chosen = weights[predicted] != 0
+        at = predicted[chosen]
+        reference = batch.stream("teacher_logprob", math.nan)[at]
+        if reference.isnan().any():
+            raise DataError(_LACKING.format(what="teacher_logprob", form=form))
+        return (k3(logprobs[chosen], reference) * weights[at]).sum()
+    rows, reverse = model.mesh.rows(batch.layout.num_tokens), config.direction == "reverse"
+    at = _own(batch.predicted(1, weights), 1, rows, model.mesh)
+    own = hidden[at - 1 - rows.start]
+    if form == "full":
+        assert teacher is not None
+        found = _full_divergence(own, model.head_weight, at, batch, teacher, reverse)
+    else:
+        if len(at) and (batch.top is None or (batch.top[1][at, 0] == -math.inf).any()):
+            raise DataError(_LACKING.format(what="teacher_top", form=form))
+        ids, named = (batch.top[0][at], batch.top[1][at]) if batch.top else (at[:, None],) * 2
+        mine = token_logprobs(own, model.head_weight, ids)
+        found = top_k_divergence(mine, named, reverse=reverse)
+    return (found * weights[at]).sum()
+
+
+def _full_divergence(
+    own: Tensor, head: Tensor, at: Tensor, batch: Batch, teacher: Teacher, reverse: bool
+) -> Tensor:
+    """Return the divergence of the tokens at indices `at`, [R], each from its domain's teacher."""
+    if isinstance(teacher, HybridModel):
+        teacher = dict.fromkeys(batch.domain_names, teacher)
+    layout, found, places = batch.layout, [own.new_zeros(0)], [at.new_zeros(0)]
+    domains = [batch.domain_names[i] for i in batch.domains[list(layout.starts)].tolist()]
+    for name in {batch.domain_names[i] for i in batch.domains[at].unique().tolist()}:
+        if name not in teacher:
+            known = ", ".join(teacher)
+            raise ConfigError(f"no teacher has domain {name!r}: there are those of {known}")
+    for one in {id(model): model for model in teacher.values()}.values():
+        has = torch.tensor([teacher.get(name) is one for name in domains])
+        kept = has[layout.segment_ids]
+        mine = kept[at].nonzero().squeeze(1)
+        if not len(mine):
+            continue
+        lengths = [n for n, wanted in zip(layout.lengths, has.tolist(), strict=True) if wanted]
+        with torch.no_grad():
+            hidden = one(batch.tokens[kept], Layout.packed(lengths))
+        wanted = hidden[(kept.cumsum(0) - 1)[at[mine] - 1]]
+        found.append(kl_divergence(own[mine], head, wanted, one.head_weight, reverse=reverse))
+        places.append(mine)
+    return torch.cat(found)[torch.cat(places).argsort()]
 
 
 def _own(predicted: Tensor, ahead: int, rows: slice, mesh: Mesh) -> Tensor:
@@ -152,13 +307,16 @@ def _mtp_loss(
     model: HybridModel,
     hidden: Tensor,
     batch: Batch,
-    depths: int,
-    norm: Tensor | float,
+    config: LossConfig,
+    norm: float,
     routing: list[Routing],
     recompute: bool,
 ) -> Tensor:
     """Mean over depths of the cross-entropy of token t + depth + 1 at position t."""
     total, rows = torch.zeros(()), model.mesh.rows(batch.layout.num_tokens)
+    weights, depths, head = _head_weights(batch), config.mtp_depths, model.head_weight
+    if config.mtp_detach:
+        hidden, head = hidden.detach(), head.detach()
     for depth in range(1, depths + 1):
         # Rows whose next tokens lie beyond their document are never weighted; they read token 0,
         # so that their routing does not depend on what was packed behind them.
@@ -170,11 +328,12 @@ def _mtp_loss(
             routing=routing,
             depth=depth - 1,
             recompute=recompute,
+            detach=config.mtp_detach,
         )
-        predicted = _own(batch.predicted(depth + 1), depth + 1, rows, model.mesh)
+        predicted = _own(batch.predicted(depth + 1, weights), depth + 1, rows, model.mesh)
         own = hidden[predicted - depth - 1 - rows.start]
-        logprobs = token_logprobs(own, model.head_weight, batch.tokens[predicted])
-        total = total - (logprobs * batch.ce_weight[predicted]).sum() / norm
+        logprobs = token_logprobs(own, head, batch.tokens[predicted])
+        total = total - (logprobs * weights[predicted]).sum() / norm
     return total / depths
 
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from aprium.model.model import Block, HybridModel, MoE, Routing
 from aprium.parallel.collectives import total
 from aprium.parallel.mesh import Axis
 from aprium.train.parallel import local, sum_of_squares
+from aprium.train.policy_loss import FIGURES
 
 # Role of a parameter by a part of its name; the first that fits.
 _ROLES = (
@@ -156,6 +157,27 @@ def balance_experts(model: HybridModel, loads: Mapping[str, Tensor], rate: float
         bias += rate * torch.sign(load.mean() - load)
         # Only differences matter; centring keeps the values small over a long run.
         bias -= bias.mean()
+
+
+def policy_figures(
+    parts: Sequence[Mapping[str, Tensor]], domains: Sequence[str], axis: Axis
+) -> dict[str, dict[str, Any]]:
+    """Return means of the policy's figures over the tokens of `parts` of a step: all, by domain.
+
+    `parts` are sums and counts as `Losses.policy` has them; tokens are those of all processes of
+    `axis`, and `domains` the ones that any of them has.
+    """
+    none = torch.zeros(2, len(FIGURES), dtype=torch.float64)
+    added = [sum((part.get(name, none) for part in parts), none) for name in domains]
+    sums, counts = total(torch.stack(added), axis).unbind(1)
+    found: dict[str, dict[str, Any]] = {"policy": {}, "policy_domains": {}}
+    for i, name in enumerate(FIGURES):
+        if counts[:, i].sum():
+            found["policy"][name] = float(sums[:, i].sum() / counts[:, i].sum())
+        for domain, value, count in zip(domains, sums[:, i], counts[:, i], strict=True):
+            if count:
+                found["policy_domains"].setdefault(domain, {})[name] = float(value / count)
+    return found
 
 
 @contextmanager

@@ -23,6 +23,7 @@ Figures = Mapping[str, Any]
 # Figures of the table, by what they are called there.
 _ROWS = (
     ("loss", "loss"),
+    ("policy loss", "rl_loss"),
     ("mtp loss", "mtp_loss"),
     ("gradient norm", "grad_norm"),
     ("MaxVio", "max_vio"),
@@ -75,7 +76,8 @@ class TrainingProgress:
         if self._console.is_terminal:
             self._live.update(Group(self._bar, _table(figures, heldout)))
         elif step % 20 == 0 or step == self._total:
-            text = f"step {step}/{self._total}  loss {figures['loss']:.3f}"
+            loss = figures.get("rl_loss", figures["loss"])
+            text = f"step {step}/{self._total}  loss {loss:.3f}"
             if heldout is not None:
                 text += f"  held-out {heldout['loss']:.3f}"
             text += f"  {figures['tokens_per_s']:.0f} tok/s{self._left()}"
@@ -89,7 +91,8 @@ class TrainingProgress:
 def _table(figures: Figures, heldout: Figures | None) -> Table:
     table = Table(box=None, show_header=False)
     for label, key in _ROWS:
-        table.add_row(label, f"{figures[key]:,.4g}" if key != "tokens" else f"{figures[key]:,}")
+        if key in figures:
+            table.add_row(label, f"{figures[key]:,.4g}" if key != "tokens" else f"{figures[key]:,}")
     for label, key in (("gradients", "grad_norms"), ("residual stream", "residual")):
         found: Mapping[str, float] = figures.get(key, {})
         if found:

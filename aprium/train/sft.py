@@ -110,8 +110,12 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     checkpoint, or None when asked to stop before the end. Raises ConfigError, DataError or
     CheckpointError.
     """
+    return run_config(load_toml(SftConfig, recipe, overrides))
+
+
+def run_config(config: SftConfig) -> Path | None:
+    """Fine-tune as `config` says; see `run`."""
     require_one_process("aprium sft")
-    config = load_toml(SftConfig, recipe, overrides)
     path = resolve(config.checkpoint)
     text = read_text(path)
     longest = max(data.max_length for data in config.mixtures().values())

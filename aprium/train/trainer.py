@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from aprium.model.model import HybridModel
 from aprium.parallel.collectives import any_true, barrier, total
 from aprium.train import checkpoint, shards
 from aprium.train.batch import Batch, collate, share_samples
-from aprium.train.losses import LossConfig, Losses, Whole, compute_losses
+from aprium.train.losses import LossConfig, Losses, Teacher, Whole, compute_losses
 from aprium.train.metrics import MetricsFile
 from aprium.train.monitor import (
     DivergenceError,
@@ -36,6 +36,7 @@ from aprium.train.monitor import (
     first_not_finite,
     gradient_norms,
     max_violations,
+    policy_figures,
     residual_norms,
 )
 from aprium.train.optim import (
@@ -77,7 +78,7 @@ class Objective(Protocol):
         model: HybridModel,
         batch: Batch,
         config: LossConfig,
-        teacher: HybridModel | None = None,
+        teacher: Teacher | None = None,
         *,
         whole: Whole | None = None,
         recompute: bool = False,
@@ -133,10 +134,12 @@ class _Progress:
 class Trainer:
     """Train `model` on batches from `source`, with everything written under `output`.
 
-    `teacher` is what the model is held to where `loss.kl_weight` is not 0; it is never changed.
+    `teacher`, one or by domain, is what the model is held to where `loss.policy.distillation` is
+    "full"; it is never changed.
     `recipe` is shown on the page.
     `before_step` is told the number of each step before it is computed.
-    `objective` stands in the place of the usual loss.
+    `objective` stands in the place of the usual loss. `more_figures` adds to those of a step that
+    is written down.
     """
 
     def __init__(
@@ -149,14 +152,19 @@ class Trainer:
         optim: OptimConfig,
         loss: LossConfig,
         config: TrainerConfig,
-        teacher: HybridModel | None = None,
+        teacher: Teacher | None = None,
         stability: StabilityConfig | None = None,
         recipe: str = "",
         before_step: Callable[[int], None] | None = None,
         objective: Objective = compute_losses,
+        more_figures: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        if loss.kl_weight and teacher is None:
-            raise ConfigError("loss.kl_weight asks for a teacher and there is none: set it to 0")
+        if (loss.policy.distillation == "full") != (teacher is not None):
+            raise ConfigError(
+                f"loss.policy.distillation is {loss.policy.distillation!r} and there is "
+                f"{'no' if teacher is None else 'a'} teacher in this process: 'full' needs one, "
+                "and the other forms take what teachers said from the samples"
+            )
         if (stability or StabilityConfig()).action == "anneal" and (
             optim.schedule != "wsd" or not optim.decay_fraction
         ):
@@ -165,7 +173,7 @@ class Trainer:
                 "set optim.schedule to 'wsd' and optim.decay_fraction above 0, or use 'rollback'"
             )
         self.teacher, self.objective = teacher, objective
-        self.before_step = before_step
+        self.before_step, self.more_figures = before_step, more_figures
         self.model, self.source, self.heldout = model, source, list(heldout)
         self.mesh = model.mesh
         self.output, self.optim, self.loss, self.config = output, optim, loss, config
@@ -238,11 +246,13 @@ class Trainer:
         due = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == self.last_step
         try:
             figures = self.train_step(self.source.next_batch(), monitor=due)
-            self.spikes.see(figures["loss"])
+            if figures["loss"]:  # the policy's loss is about 0, and says nothing of this
+                self.spikes.see(figures["loss"])
         except DivergenceError as cause:
             self._recover(cause)
             return
         if due:
+            figures |= self.more_figures() if self.more_figures is not None else {}
             self._write_metrics("train", figures)
         if progress.step % config.eval_every == 0 or progress.step == self.last_step:
             if self.heldout:
@@ -297,8 +307,7 @@ class Trainer:
         factor = schedule_factor(progress.step, config.steps, self.optim, progress.decay_from)
         set_learning_rates(self.optimisers, factor)
         parts = [self._collate(part) for part in _parts(samples, config.micro_tokens)]
-        weight = sum(sum(sample.ce_weight) for sample in samples)
-        whole, found = Whole(weight, len(samples)), list[Losses]()
+        whole, found = Whole.of(parts, self.loss, self.mesh), list[Losses]()
         with residual_norms(self.model, monitor) as residual:
             for part in parts:
                 losses = self.objective(
@@ -313,7 +322,7 @@ class Trainer:
                 found.append(losses)
         norms = gradient_norms(self.model) if monitor else {}
         grad_norm = clip_gradients(self.model, self.optim.max_grad_norm)
-        losses = [f.ce + f.kl + f.mtp + f.balance for f in found]
+        losses = [f.ce + f.kl + f.mtp + f.balance + f.rl for f in found]
         if not all(map(math.isfinite, (float(grad_norm), *losses))):
             where = first_not_finite(self.model) or "the loss"
             self._forget_gradients()
@@ -339,6 +348,10 @@ class Trainer:
             "lr_factor": factor,
             "tokens_per_s": tokens / (time.perf_counter() - begin),
         }
+        if whole.rl:
+            names = sorted({sample.domain for sample in samples})
+            figures |= policy_figures([f.policy for f in found], names, self.mesh.data)
+            figures["rl_loss"] = sum(f.rl for f in found)
         if monitor:
             figures |= {"max_vios": vios, "grad_norms": norms, "residual": residual}
         return figures
