@@ -15,7 +15,7 @@ from typing import Any
 from aprium.base.config import from_dict, to_dict
 from aprium.base.errors import CheckpointError
 from aprium.rl.evaluate import Accuracy, EvaluateConfig, evaluate_checkpoint
-from aprium.rl.lineage import START, RoundsConfig, digest, read_state
+from aprium.rl.lineage import SOLUTIONS, START, RoundsConfig, digest, read_state
 from aprium.rl.teachers import SELF
 from aprium.train.pretrain import write_json
 
@@ -94,7 +94,7 @@ def _named(recipe: RoundsConfig) -> dict[str, str]:
     found = {START: recipe.checkpoint}
     for node in recipe.nodes.values():
         for source in (*node.teachers.values(), node.default):
-            outside = source not in (None, SELF) and source not in recipe.nodes
+            outside = source not in (None, SELF, SOLUTIONS) and source not in recipe.nodes
             if source is not None and outside and source not in recipe.remotes:
                 found[source] = source
     return found
@@ -175,7 +175,8 @@ def learners(recipe: RoundsConfig) -> tuple[str, ...]:
     return tuple(
         name
         for name in recipe.order()
-        if recipe.nodes[name].kind in ("mopd", "merge", "warmup") or recipe.nodes[name].rollouts
+        if recipe.nodes[name].kind in ("mopd", "merge", "warmup")
+        or set(recipe.teachers_of(name).values()) - {SOLUTIONS}
     )
 
 
