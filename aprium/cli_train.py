@@ -74,6 +74,80 @@ def rl(recipe: Path, settings: tuple[str, ...]) -> None:
         click.echo(_what_next(directory))
 
 
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--seeds", help="Run the graph once for each of these, as 0,1,2.")
+@click.option("--until", metavar="NODE", help="Run this node and what it needs, and no more.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Nodes to run at a time, each in a process of its own.",
+)
+@click.option("--show", is_flag=True, help="Print the graph and what it costs; run nothing.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+def mopd(
+    recipe: Path,
+    seeds: str | None,
+    until: str | None,
+    jobs: int,
+    show: bool,
+    settings: tuple[str, ...],
+) -> None:
+    """Run rounds of distillation from many teachers, or go on with a run that was stopped.
+
+    RECIPE is a TOML file of nodes: reinforcement learning and fine-tuning that make a student and
+    its specialists, warm-ups, distillation of all specialists on the student's own rollouts, and
+    again from there. Every node is a directory under OUTPUT, run once and evaluated on the same
+    held-out tasks; OUTPUT/report.html shows the graph, OUTPUT/rounds.json has the figures.
+    recipes/mopd-toy.toml is complete.
+    """
+    configure_logging("WARNING" if show else None)
+    from rich.console import Console
+
+    from aprium.base.config import load_toml
+    from aprium.rl import costs, rounds
+    from aprium.rl.lineage import RoundsConfig
+    from aprium.rl.recovery import lines
+
+    changes = dict(setting(text) for text in settings)
+    if seeds is not None:
+        changes["seeds"] = _numbers(seeds)
+    config = load_toml(RoundsConfig, recipe, changes)
+    console = Console()
+    if show:
+        console.print(_rows(costs.outline(config, until)))
+        console.print("Tokens at most, the evaluation of each node included.", style="dim")
+        return
+    found = rounds.run_config(config, until=until, jobs=jobs)
+    if found is None:
+        click.echo("stopped: the same command continues")
+        return
+    for line in lines(found):
+        click.echo(line)
+    click.echo(f"{config.output / 'report.html'}: open it in a browser")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--seeds {text}: write whole numbers, as 0,1,2") from error
+
+
+def _rows(rows: list[dict[str, str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None)
+    for name in rows[0]:
+        amount = name in ("sampled", "scored", "trained")
+        table.add_column(name, justify="right" if amount else "left", no_wrap=name != "from")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
 @click.command(name="boost-mtp")
 @recipe_options
 def boost_mtp(recipe: Path, settings: tuple[str, ...]) -> None:

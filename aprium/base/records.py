@@ -322,7 +322,8 @@ class Trajectory:
     probability it had, else 0. `reward` comes with its `parts` by name. `stop` is why it ended:
     "done" by the environment, "turns", "tokens" or "deadline" at a limit, "error". An episode that
     failed or ran out of time has `error` and no reward. `weight_spans` are (version of the
-    weights, sampled tokens) in order.
+    weights, sampled tokens) in order. `defects` are (first token, end, what) of turns in which the
+    form was wrong or a call invalid.
     """
 
     task: str
@@ -336,6 +337,7 @@ class Trajectory:
     error: str | None = None
     weight_spans: tuple[tuple[int, int], ...] = ()
     num_turns: int = 0
+    defects: tuple[tuple[int, int, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the streams run in parallel and every sampled token has its version."""
@@ -343,6 +345,8 @@ class Trajectory:
         assert sum(n for _, n in self.weight_spans) == sum(self.sampled), "versions must cover"
         failed = self.stop in ("error", "deadline")
         assert failed == (self.error is not None), "what failed says why, and only that"
+        spans = ((begin, end) for begin, end, _ in self.defects)
+        assert all(0 <= a <= b <= len(self.tokens) for a, b in spans), "defects are of its tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from aprium.base.errors import RequestError, TaskError
 from aprium.base.log import get_logger
 from aprium.base.policy import Policy
 from aprium.base.records import Group, Message, SamplingParams, Trajectory
+from aprium.envs.defects import find_defects
 from aprium.envs.dialogue import ChatFormat, Dialogue
 from aprium.envs.task import Task
 
@@ -26,13 +27,15 @@ Stop = Literal["done", "turns", "tokens", "deadline", "error"]
 class Step:
     """What an environment answers to a turn: more messages, or the end with a reward.
 
-    `reward` and `parts` of all steps of an episode add up.
+    `reward` and `parts` of all steps of an episode add up. `defects` name what was wrong with the
+    turn (see `aprium.envs.defects`) beyond what can be seen without the environment.
     """
 
     messages: tuple[Message, ...] = ()
     done: bool = False
     reward: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)
+    defects: tuple[str, ...] = ()
 
 
 class Env(Protocol):
@@ -163,6 +166,7 @@ class _Episode:
         self._dialogue = Dialogue(chat, env.task.tools)
         self._reward = 0.0
         self._parts: dict[str, float] = {}
+        self._defects: list[tuple[int, int, str]] = []
         self._num_turns = 0
 
     async def play(self, limits: Limits) -> Stop:
@@ -183,12 +187,15 @@ class _Episode:
             except RequestError as error:
                 raise RequestError(f"turn {self._num_turns + 1}: {error}") from error
             self._num_turns += 1
+            begin = len(self._dialogue.tokens)
             reply = self._dialogue.hear(completion)
             if completion.finish == "length":
                 return "tokens"
             if completion.finish != "stop":
                 raise TaskError(f"the policy gave up: finish is {completion.finish!r}")
             step = await self._env.step(reply)
+            wrong = dict.fromkeys((*find_defects(reply), *step.defects))
+            self._defects += [(begin, len(self._dialogue.tokens), name) for name in wrong]
             self._reward += step.reward
             for name, value in step.parts.items():
                 self._parts[name] = self._parts.get(name, 0.0) + value
@@ -211,6 +218,7 @@ class _Episode:
             error=error,
             weight_spans=tuple(dialogue.weight_spans),
             num_turns=self._num_turns,
+            defects=tuple(self._defects),
         )
 
 

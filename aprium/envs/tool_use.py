@@ -267,13 +267,15 @@ class ErrandEnv(AskedOnce):
         """Make the calls of a turn, or grade its answer."""
         if not reply.tool_calls:
             return self._grade(final_answer(reply))
+        invalid = self._invalid
         results = tuple(
             Message(role="tool", content=self._call(made), tool_call_id=made.id)
             for made in reply.tool_calls
         )
         if self._num_calls > _MAX_CALLS:
             return self._grade("")
-        return Step(messages=results)
+        wrong = ("invalid_call",) if self._invalid > invalid else ()
+        return Step(messages=results, defects=wrong)
 
     def _call(self, made: ToolCall) -> str:
         number, this = self._num_calls, (made.name, made.arguments)

@@ -1,6 +1,7 @@
 """The figures of played groups: rewards, lengths, ages and waiting, between two lines of a log."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,8 +26,7 @@ class Tally:
 
         `reward` is the mean over episodes that did not fail, `rewards` by domain; `lengths` are
         sampled tokens an episode; `age` is that of the oldest token of a group, on average and at
-        most; `useless` the share of groups without samples. What credit says of groups is averaged
-        over them.
+        most; `useless` the share of groups without samples. What credit counts is given an episode.
         """
         played, waited_s = self._played, self._waited_s
         self._played, self._waited_s = [], 0.0
@@ -37,7 +37,9 @@ class Tally:
         domains: dict[str, list[Trajectory]] = {}
         for trajectory in done:
             domains.setdefault(trajectory.domain, []).append(trajectory)
-        names = sorted({name for one in played for name in one.learnt.figures})
+        counted = Counter[str]()
+        for one in played:
+            counted.update(one.learnt.figures)
         ages = [one.age for one in played]
         return {
             "reward": _mean(t.reward for t in done),
@@ -50,12 +52,8 @@ class Tally:
             "age_max": max(ages),
             "useless": _mean(not one.learnt.samples for one in played),
             "waited_s": waited_s,
-            "credit": {n: _mean(_values(played, n)) for n in names},
+            "credit": {name: value / len(episodes) for name, value in sorted(counted.items())},
         }
-
-
-def _values(played: Sequence[Played], name: str) -> Iterable[float]:
-    return (one.learnt.figures[name] for one in played if name in one.learnt.figures)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -63,8 +63,12 @@ class Ledger:
         with self._explained():
             output.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
-            self._lock()
-            self._read()
+            try:
+                self._lock()
+                self._read()
+            except BaseException:
+                self._file.close()
+                raise
 
     def issue(self, item: Item, version: int) -> None:
         """Note that `item` is going to be played, under weights of `version` or later ones."""
@@ -234,6 +238,7 @@ def _write_trajectory(trajectory: Trajectory) -> dict[str, Any]:
         "error": trajectory.error,
         "weight_spans": trajectory.weight_spans,
         "num_turns": trajectory.num_turns,
+        "defects": trajectory.defects,
     }
 
 
@@ -254,6 +259,7 @@ def _read_trajectory(task: str, data: Mapping[str, Any]) -> Trajectory:
         error=data["error"],
         weight_spans=tuple((version, count) for version, count in data["weight_spans"]),
         num_turns=data["num_turns"],
+        defects=tuple((begin, end, what) for begin, end, what in data["defects"]),
     )
 
 

@@ -8,21 +8,23 @@ and `evaluation.json`. The same recipe and output continue a run that was stoppe
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from aprium.base.config import from_dict, load_toml
 from aprium.base.errors import ConfigError
 from aprium.base.log import get_logger
-from aprium.base.records import Group, Sample, TeacherScores, Trajectory
+from aprium.base.records import Group, Sample
 from aprium.checkpoint.hub import resolve
 from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
 from aprium.engine.policy import EnginePolicy
+from aprium.model.model import HybridModel
 from aprium.parallel.mesh import require_one_process
 from aprium.rl.credit import CreditConfig, Credited, credit
 from aprium.rl.evaluate import (
@@ -33,7 +35,7 @@ from aprium.rl.evaluate import (
     constant_baselines,
 )
 from aprium.rl.figures import Tally
-from aprium.rl.ledger import Ledger, Scores
+from aprium.rl.ledger import Item, Ledger, Scores
 from aprium.rl.pipeline import Pipeline, PipelineConfig, Played, Stages
 from aprium.rl.rollout import Deal, DomainConfig, RolloutConfig, Rollouts
 from aprium.rl.teachers import Teachers, TeachersConfig, load_models
@@ -51,14 +53,6 @@ log = get_logger("rl")
 T = TypeVar("T")
 
 
-class Scorer(Protocol):
-    """Who says how likely a teacher finds what the model wrote."""
-
-    async def score(self, trajectory: Trajectory) -> TeacherScores | None:
-        """Return the scores of a trajectory, None where there are none to be had."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class RlConfig:
     """A recipe.
@@ -66,9 +60,8 @@ class RlConfig:
     `checkpoint` is a directory, a hub id or pico. `engine` has fields of `EngineConfig` for the
     engine that plays, such as `max_num_seqs` or `speculative`. `optimizer` "adamw" trains
     everything with `optim.lr`, "muon" matrices with `optim.muon_lr`. `lora` trains adapters beside
-    the weights, which may then be quantised. `teachers` are those that domains name, for what
-    `credit.kl_weight` and `loss.policy.distillation` make of them. Paths are relative to the
-    working directory.
+    the weights, which may then be quantised. `teachers` score the episodes of domains that name
+    one. Paths are relative to the working directory.
     """
 
     output: Path
@@ -88,27 +81,27 @@ class RlConfig:
     evaluate: EvaluateConfig | None = field(default_factory=EvaluateConfig)
     engine: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig | None = None
-    teachers: TeachersConfig = field(default_factory=TeachersConfig)
+    teachers: TeachersConfig | None = None
 
     def __post_init__(self) -> None:
         """Check that there is something to play, and that teachers say what is asked of them."""
         if not self.domains:
             raise ConfigError("domains is empty: name at least one")
-        if self.loss.policy.distillation == "top_k" and self.taught and not self.teachers.top:
+        form, teachers = self.loss.policy.distillation, self.teachers
+        if form == "full" and teachers is None:
             raise ConfigError(
-                "loss.policy.distillation is 'top_k' and teachers.top is 0: say how many of the "
-                "most probable tokens teachers give, such as 20"
+                "loss.policy.distillation is 'full', which compares whole vocabularies with those "
+                "of teachers in this process: add a [teachers] table"
             )
-
-    @property
-    def routes(self) -> dict[str, str | None]:
-        """The teacher that each domain names."""
-        return {domain.name: domain.teacher for domain in self.domains}
-
-    @property
-    def taught(self) -> bool:
-        """Whether any domain has a teacher."""
-        return self.teachers.default is not None or any(self.routes.values())
+        if form == "top_k" and (teachers is None or not teachers.top):
+            raise ConfigError(
+                "loss.policy.distillation is 'top_k': say of how many tokens with teachers.top"
+            )
+        if teachers is None and (self.credit.kl_weight or any(self.credit.kl_weights.values())):
+            raise ConfigError(
+                "credit.kl_weight or kl_weights ask for teachers and there are none: add a "
+                "[teachers] table, or set them to 0"
+            )
 
 
 def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path | None:
@@ -130,7 +123,6 @@ def run_config(config: RlConfig) -> Path | None:
     adapter = lora.attach(model, config.lora) if config.lora is not None else None
     recipe = write_recipe(config, config.output)
     learner = Learner(config, Weights(model, adapter), path)
-    full = config.loss.policy.distillation == "full"
     optim = config.optim if config.optimizer == "muon" else replace(config.optim, muon_lr=None)
     try:
         trainer = Trainer(
@@ -141,7 +133,7 @@ def run_config(config: RlConfig) -> Path | None:
             optim=optim,
             loss=config.loss,
             config=config.trainer,
-            teacher=load_models(config.teachers, path, config.routes) if full else None,
+            teacher=_load_teachers(config, path),
             recipe=recipe,
             before_step=adapter.begin if adapter is not None else None,
             more_figures=learner.figures,
@@ -217,7 +209,7 @@ class Learner:
     def _play(self) -> "_Player":
         if self._player is None:
             self._player = _Player(self._config, self._weights, self._path)
-            self._pushed = self._step  # the engine begins with these weights
+            self._pushed = None if self._step else 0  # it begins with these weights, as version 0
         return self._player
 
     async def _next(self, player: "_Player") -> list[Played]:
@@ -252,75 +244,128 @@ class _Player:
     """The thread in which episodes are played, with its event loop, engine, books and pipeline."""
 
     def __init__(self, config: RlConfig, weights: Weights, path: Path) -> None:
-        self._config, self._path = config, path
-        self.teachers: Teachers | None = None
+        with contextlib.ExitStack() as undone:
+            self.ledger = Ledger(config.output)
+            undone.callback(self.ledger.close)
+            self._teachers = _open_teachers(config, path)
+            self.engine = AsyncEngine(_engine_config(config, path), weights.checkpoint(path))
+            undone.callback(lambda: asyncio.run(self.engine.close()))
+            self.chat = chat_format(self.engine)
+            policy = EnginePolicy(self.engine)
+            self._rollouts = Rollouts(config.domains, config.rollout, policy, self.chat)
+            self._credit = config.credit
+            self._full = config.loss.policy.distillation == "full"
+            shares = {domain.name: domain.weight for domain in config.domains}
+            stages = Stages(
+                generate=self._generate,
+                credit=self._learn,
+                score=self._score if self._teachers is not None else None,
+            )
+            self.pipeline = Pipeline(stages, Deal(shares), self.ledger, config.pipeline)
+            undone.pop_all()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="aprium-rl")
-        self.ledger = Ledger(config.output)
-        try:
-            self.engine = AsyncEngine(_engine_config(config, path), weights.checkpoint(path))
-        except BaseException:
-            self.ledger.close()
-            raise
         self._thread.start()
-        try:
-            self.call(self._open())
-        except BaseException:
-            self.close()
-            raise
 
-    async def _open(self) -> None:
-        config = self._config
-        self.chat = chat_format(self.engine)
-        full = config.loss.policy.distillation == "full"  # the trainer has the teachers then
-        if config.taught and not full:
-            self.teachers = Teachers(config.teachers, student=self._path, routes=config.routes)
-        rollouts = Rollouts(config.domains, config.rollout, EnginePolicy(self.engine), self.chat)
-
-        async def generate(item: Any) -> Group:
-            group = await rollouts.play(item)
-            if self.engine.failed is not None:
-                raise self.engine.failed
-            return group
-
-        async def learn(group: Group, scores: Scores) -> Credited:
-            return credit(group, config.credit, scores)
-
-        score = self._score if self.teachers is not None else None
-        stages = Stages(generate=generate, credit=learn, score=score)
-        weights = {domain.name: domain.weight for domain in config.domains}
-        self.pipeline = Pipeline(stages, Deal(weights), self.ledger, config.pipeline)
+    async def _generate(self, item: Item) -> Group:
+        group = await self._rollouts.play(item)
+        if self.engine.failed is not None:  # which looks like a failure of every episode
+            raise self.engine.failed
+        return group
 
     async def _score(self, group: Group) -> Scores:
-        """Ask the domain's teacher about every episode that did not fail."""
-        assert self.teachers is not None
-        teachers = self.teachers
+        assert self._teachers is not None
+        return tuple(await asyncio.gather(*map(self._teachers.score, group.trajectories)))
 
-        async def one(trajectory: Trajectory) -> TeacherScores | None:
-            return await teachers.score(trajectory) if trajectory.error is None else None
-
-        return tuple(await asyncio.gather(*map(one, group.trajectories)))
+    async def _learn(self, group: Group, scores: Scores) -> Credited:
+        if self._full:
+            return learn_whole(group, self._credit)
+        return learn(group, self._credit, scores)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` in the thread, and return what it returns."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def close(self) -> None:
-        """Stop episodes, engine and thread."""
-        self.call(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
-        self.ledger.close()
+        """Stop episodes, teachers, engine and thread."""
+        try:
+            self.call(self._close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+            self.ledger.close()
 
     async def _close(self) -> None:
-        if hasattr(self, "pipeline"):
-            await self.pipeline.close()
-        if self.teachers is not None:
-            log.info("teachers: %s", self.teachers.figures())
-            await self.teachers.close()
+        await self.pipeline.close()
+        if self._teachers is not None:
+            await self._teachers.close()
         await self.engine.close()
+
+
+def learn(group: Group, config: CreditConfig, scores: Scores) -> Credited:
+    """Return the samples of a group; an episode that its teacher failed to score gives none.
+
+    So a server that is down for a while costs some episodes, and not the run.
+    """
+    domains = {trajectory.domain for trajectory in group.trajectories}
+    if not any(config.kl_weights.get(domain, config.kl_weight) for domain in domains):
+        return credit(group, config, scores)
+    pairs = zip(group.trajectories, scores, strict=True)
+    kept = [(one, said) for one, said in pairs if said is not None or one.error is not None]
+    found = credit(
+        Group(task=group.task, trajectories=tuple(one for one, _ in kept)),
+        config,
+        tuple(said for _, said in kept),
+    )
+    unscored = float(len(scores) - len(kept))
+    return replace(found, figures={**found.figures, "unscored": unscored})
+
+
+def learn_whole(group: Group, config: CreditConfig) -> Credited:
+    """Return the samples of a group whose teachers the trainer itself asks, about every token."""
+    found = credit(group, replace(config, kl_weight=0.0, kl_weights={}))
+    samples = []
+    for sample in found.samples:
+        weight = config.kl_weights.get(sample.domain, config.kl_weight)
+        weights = tuple(weight if counts else 0.0 for counts in sample.rl_weight)
+        samples.append(replace(sample, kl_weight=weights))
+    return replace(found, samples=tuple(samples))
+
+
+def _load_teachers(config: RlConfig, path: Path) -> dict[str, HybridModel] | None:
+    """Return the teachers for the trainer to ask, where the form of distillation is theirs."""
+    if config.loss.policy.distillation != "full":
+        return None
+    assert config.teachers is not None
+    routes = {domain.name: domain.teacher for domain in config.domains}
+    return load_models(config.teachers, path, routes)
+
+
+def _open_teachers(config: RlConfig, path: Path) -> Teachers | None:
+    """Return who scores episodes; raises ConfigError for a domain that lacks a teacher."""
+    if config.loss.policy.distillation == "full":
+        return None  # the trainer has them
+    routes = {domain.name: domain.teacher for domain in config.domains}
+    if config.teachers is not None:
+        teachers = Teachers(config.teachers, student=path, routes=routes)
+        for name in routes:
+            weight = config.credit.kl_weights.get(name, config.credit.kl_weight)
+            if weight and teachers.teacher_of(name) is None:
+                raise ConfigError(
+                    f"credit.kl_weight of domain {name!r} is {weight:g} and it has no teacher: "
+                    "name one in the domain, give teachers.default, or set its weight to 0 in "
+                    "credit.kl_weights"
+                )
+        return teachers
+    for name, teacher in routes.items():
+        if teacher is not None:
+            raise ConfigError(
+                f"domain {name!r} has teacher {teacher!r} and there are no teachers: add a "
+                "[teachers] table, or leave it out"
+            )
+    return None
 
 
 def _engine_config(config: RlConfig, path: Path) -> EngineConfig:

@@ -214,7 +214,7 @@ def _curves(recipe: RoundsConfig) -> str:
         axis.remove()
     for axis, (domain, nodes) in zip(axes.flat, sorted(series.items()), strict=False):
         for name, points in nodes.items():
-            axis.plot(*zip(*points, strict=True), label=name, alpha=0.8)
+            axis.plot(*zip(*points, strict=True), label=name, alpha=0.8, marker=".")
         axis.set_title(domain)
         axis.set_xlabel("step of the node")
         axis.grid(alpha=0.3)

@@ -239,3 +239,20 @@ def _recovery(
         base += seen[baseline][domain].rewards
         taught += seen[teacher][domain].rewards
     return recovery(student, base, taught) if base else None
+
+
+def lines(table: Mapping[str, Any]) -> list[str]:
+    """Return scores and recovery of a run of rounds as lines of text."""
+    found = []
+    for name, domains in table["scores"].items():
+        cells = [f"{domain} {100 * one['mean']:.1f}" for domain, one in domains.items()]
+        found.append(f"{name}: {', '.join(cells)} %")
+    for name, row in table["recovery"].items():
+        one = row.get("all")
+        if one is not None:
+            error = one["seed_error"] if one["seed_error"] is not None else one["item_error"]
+            found.append(
+                f"{name}: {100 * one['value']:.0f} +- {100 * error:.0f} % of the way from "
+                f"{table['baseline']} to the teachers"
+            )
+    return found

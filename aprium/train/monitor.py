@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aprium.base.errors import ConfigError
-from aprium.model.model import Block, HybridModel, MoE, Routing
+from aprium.model.model import Block, Gate, HybridModel, MoE, Routing
 from aprium.parallel.collectives import total
 from aprium.parallel.mesh import Axis
 from aprium.train.parallel import local, sum_of_squares
@@ -143,6 +143,16 @@ def expert_loads(routing: Sequence[Routing], axis: Axis | None = None) -> dict[s
 def max_violations(loads: Mapping[str, Tensor]) -> dict[str, float]:
     """Return MaxVio by layer: the largest expert's load over the mean load; 1 is balance."""
     return {name: float(load.max() / load.mean()) for name, load in loads.items()}
+
+
+def freeze_routers(model: HybridModel) -> None:
+    """Let the weights of all routers get no gradient; before optimisers are made.
+
+    Source: Nemotron 3's reinforcement learning, where the router is frozen (docs/training.md).
+    """
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.weight.requires_grad_(False)
 
 
 @torch.no_grad()

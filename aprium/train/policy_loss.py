@@ -67,8 +67,8 @@ class PolicyLossConfig:
     def __post_init__(self) -> None:
         """Check ranges, and that nothing is asked in vain."""
         where = "loss.policy"
-        if not 0 <= self.eps_low < 1:
-            raise ConfigError(f"{where}.eps_low is {self.eps_low}: it must be in 0..1, without 1")
+        if not 0 <= self.eps_low <= 1:
+            raise ConfigError(f"{where}.eps_low is {self.eps_low}: it must be in 0..1")
         if self.eps_high < 0:
             raise ConfigError(f"{where}.eps_high is {self.eps_high}: it cannot be negative")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.eps_high:
@@ -179,10 +179,10 @@ def policy_losses(
         active = clipped != ratio.detach()
     else:
         plain, limited = ratio * advantages, clipped * advantages
-        gains = torch.minimum(plain, limited)
+        gains = torch.where(plain <= limited, plain, limited)  # of equals the one with gradient
         if config.dual_clip is not None:
             floor = torch.where(advantages < 0, config.dual_clip * advantages, -torch.inf)
-            gains = torch.maximum(gains, floor)
+            gains = torch.where(gains >= floor, gains, floor)
         losses = -weight * gains
         active = gains.detach() != plain.detach()
     gap = torch.where(tokens.kl_weights != 0, prox - tokens.teacher, torch.nan)
@@ -240,7 +240,7 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     Source: http://joschu.net/blog/kl-approx.html, the third estimator.
     """
     difference = reference - logprobs
-    return difference.exp() - difference - 1
+    return difference.expm1() - difference
 
 
 def top_k_divergence(logprobs: Tensor, teacher: Tensor, *, reverse: bool) -> Tensor:

@@ -34,6 +34,7 @@ from aprium.train.monitor import (
     balance_experts,
     expert_loads,
     first_not_finite,
+    freeze_routers,
     gradient_norms,
     max_violations,
     policy_figures,
@@ -95,7 +96,9 @@ class TrainerConfig:
     None leaves PyTorch's own choice. `dtype` is that of activations; weights, optimiser and
     gradient sums are float32. A step is run in parts of at most `micro_tokens` tokens, whose
     gradients add up (of all processes together), and so is what is held out; with `recompute` the
-    layers' activations are made again for the gradient. `sinks` may name "tensorboard" and "wandb".
+    layers' activations are made again for the gradient. With `freeze_router` neither routers nor
+    their selection biases change, whatever `loss.bias_rate` says. `sinks` may name "tensorboard"
+    and "wandb".
     """
 
     steps: int
@@ -108,6 +111,7 @@ class TrainerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     micro_tokens: int | None = None
     recompute: bool = False
+    freeze_router: bool = False
     sinks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -177,6 +181,8 @@ class Trainer:
         self.model, self.source, self.heldout = model, source, list(heldout)
         self.mesh = model.mesh
         self.output, self.optim, self.loss, self.config = output, optim, loss, config
+        if config.freeze_router:
+            freeze_routers(model)
         self.optimisers = build_optimisers(model, optim)
         self.progress = _Progress()
         self.metrics = MetricsFile(output)
@@ -331,7 +337,7 @@ class Trainer:
             optimiser.step()
         self._forget_gradients()
         loads = expert_loads([r for f in found for r in f.routing], self.mesh.data)
-        balance_experts(self.model, loads, self.loss.bias_rate)
+        balance_experts(self.model, loads, 0.0 if config.freeze_router else self.loss.bias_rate)
         vios = max_violations(loads)
         tokens = sum(len(sample.tokens) for sample in samples)
         progress.step += 1

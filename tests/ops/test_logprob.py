@@ -30,3 +30,40 @@ def test_bfloat16_weight_keeps_its_dtype() -> None:
     assert found.dtype == torch.float32
     found.sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
+
+
+def test_several_targets_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprob, "_CHUNK_VALUES", 4 * 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 7, (9, 3), generator=generator)
+    targets[4] = 2  # the same one several times
+    found = logprob.token_logprobs(hidden, weight, targets)
+    torch.testing.assert_close(found, (hidden @ weight.T).log_softmax(-1).gather(1, targets))
+    assert torch.autograd.gradcheck(
+        lambda h, w: logprob.token_logprobs(h, w, targets), (hidden, weight)
+    )
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_divergence_of_whole_vocabularies(
+    monkeypatch: pytest.MonkeyPatch, rows: int, reverse: bool
+) -> None:
+    monkeypatch.setattr(logprob, "_CHUNK_VALUES", 4 * 7)
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    theirs = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+    head = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    found = logprob.kl_divergence(hidden, weight, theirs, head, reverse=reverse)
+    student, teacher = (hidden @ weight.T).log_softmax(-1), (theirs @ head.T).log_softmax(-1)
+    first, second = (student, teacher) if reverse else (teacher, student)
+    expected = (first.exp() * (first - second)).sum(-1)
+    torch.testing.assert_close(found, expected)
+    scale = torch.randn(rows, generator=generator, dtype=torch.float64)
+    ours = torch.autograd.grad((found * scale).sum(), (hidden, weight))
+    plain = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other)
