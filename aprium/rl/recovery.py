@@ -76,11 +76,9 @@ def over_seeds(found: Sequence[Recovery | None]) -> Recovery | None:
 def evaluated(recipe: RoundsConfig, seed: int) -> dict[str, tuple[str, Path]]:
     """Return all there is to evaluate for `seed` by name: the checkpoint, and the file of scores.
 
-    Those are the nodes that are done, and the checkpoints that the recipe itself names.
+    Those are the nodes that are done, and what is outside the graph.
     """
-    found = {}
-    for name, source in _named(recipe).items():
-        found[name] = (source, recipe.output / "shared" / f"scores-{digest([source])}.json")
+    found = outside(recipe)
     for name, node in recipe.nodes.items():
         place = recipe.place(name, seed)
         state = read_state(place)
@@ -89,15 +87,21 @@ def evaluated(recipe: RoundsConfig, seed: int) -> dict[str, tuple[str, Path]]:
     return found
 
 
-def _named(recipe: RoundsConfig) -> dict[str, str]:
-    """Return the checkpoints outside the graph: the start, and teachers."""
+def outside(recipe: RoundsConfig) -> dict[str, tuple[str, Path]]:
+    """Return the checkpoints that the recipe itself names, as `evaluated`: the start, and teachers.
+
+    Servers are not evaluated.
+    """
     found = {START: recipe.checkpoint}
     for node in recipe.nodes.values():
         for source in (*node.teachers.values(), node.default):
-            outside = source not in (None, SELF, SOLUTIONS) and source not in recipe.nodes
-            if source is not None and outside and source not in recipe.remotes:
+            known = source in (None, SELF, SOLUTIONS) or source in {**recipe.nodes, **recipe.remotes}
+            if source is not None and not known:
                 found[source] = source
-    return found
+    place = recipe.output / "shared"
+    return {
+        name: (source, place / f"scores-{digest([source])}.json") for name, source in found.items()
+    }
 
 
 def evaluate(recipe: RoundsConfig, checkpoint: str, file: Path) -> None:
@@ -187,7 +191,7 @@ def table(recipe: RoundsConfig) -> dict[str, Any]:
     value, item_error and seed_error, with "all" for the mean over taught domains.
     """
     per_seed = {seed: read_scores(recipe, seed) for seed in recipe.seeds}
-    names = [START, *(n for n in _named(recipe) if n != START), *recipe.order()]
+    names = [*outside(recipe), *recipe.order()]
     teachers, baseline = teachers_of(recipe), baseline_of(recipe)
     scores, recovered = {}, {}
     for name in names:

@@ -26,7 +26,7 @@ from aprium.base.errors import ApriumError, ConfigError, EngineError
 from aprium.base.log import configure_logging, get_logger
 from aprium.rl import page
 from aprium.rl.lineage import NodeState, RoundsConfig, locked, read_state, write_state
-from aprium.rl.recovery import evaluate, evaluated, is_scored, table
+from aprium.rl.recovery import evaluate, is_scored, outside, table
 from aprium.rl.stages import Stage, digest_of, resolved, run_stage
 from aprium.train.pretrain import write_json, write_recipe
 
@@ -66,10 +66,9 @@ def run_config(
     waiting = jobs_of(recipe, until)
     check(recipe, waiting)
     write_recipe(recipe, recipe.output)
-    for seed in recipe.seeds:  # what the recipe itself names, before anything is made of it
-        for checkpoint, file in evaluated(recipe, seed).values():
-            if file.parent == recipe.output / "shared":
-                evaluate(recipe, checkpoint, file)
+    if any(node.evaluate for node in recipe.nodes.values()):
+        for checkpoint, file in outside(recipe).values():
+            evaluate(recipe, checkpoint, file)
     whole = _Run(recipe, waiting, jobs).finish()
     found = report(recipe)
     return found if whole else None
