@@ -34,7 +34,8 @@ def cost(recipe: RoundsConfig, name: str, seed: int) -> Cost:
     node, stage = recipe.nodes[name], Stage(recipe=recipe, name=name, seed=seed)
     taught = stage.routes()
     evaluation = recipe.evaluate
-    turn = [domain.max_tokens or evaluation.max_tokens for domain in recipe.domains]
+    tested = recipe.domains_of(name) if node.evaluate == "own" else recipe.domains
+    turn = [domain.max_tokens or evaluation.max_tokens for domain in tested]
     found = Cost()
     if node.evaluate:
         most = (_written(t, evaluation.max_turns, evaluation.episode_tokens) for t in turn)

@@ -49,8 +49,8 @@ class NodeConfig:
     `config` are keys of the stage's own recipe, over those in `[base.KIND]`. With `each` it stands
     for one node a domain, NAME-DOMAIN, which other nodes name together: as teachers each teaches
     its domain, as `members` all are meant, and as the `parent` of such a node the one of the same
-    domain. With `once` the first seed's is that of all seeds. `evaluate` false
-    leaves it out of the figures.
+    domain. With `once` the first seed's is that of all seeds. `evaluate` "own" has it play its
+    own domains alone when it is evaluated, false leaves it out of the figures.
     """
 
     kind: Kind
@@ -67,7 +67,7 @@ class NodeConfig:
     config: dict[str, Any] = field(default_factory=dict)
     each: bool = False
     once: bool = False
-    evaluate: bool = True
+    evaluate: bool | Literal["own"] = True
 
 
 @dataclass(frozen=True, kw_only=True)
