@@ -10,6 +10,7 @@ import torch
 from aprium.base.errors import ApriumError
 from aprium.model.model import HybridModel
 from aprium.parallel.mesh import Mesh, ParallelConfig
+from aprium.train.policy_loss import PolicyLossConfig
 from aprium.train.shards import load
 from tests.parallel.conftest import spawn
 from tests.parallel.runs import (
@@ -41,6 +42,30 @@ PAIRS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "ep, all tokens to one process": ({"ep": 2}, {"optim": ADAMW, "crowd": True}),
     "dp, one document": ({}, {"optim": ADAMW, "source": 1}),
     "cp and ep": ({"cp": 2, "ep": 2}, {"optim": ADAMW}),
+    "dp, episodes, routers frozen": (
+        {},
+        {
+            "optim": ADAMW,
+            "source": 7,
+            "episodes": True,
+            "loss": {"policy": PolicyLossConfig(normalise="sequences", sequence_bound=6.0)},
+            "trainer": {"freeze_router": True, "micro_tokens": 90},
+        },
+    ),
+    "cp, episodes, ratio of sequences": (
+        {"cp": 2},
+        {
+            "optim": ADAMW,
+            "source": 7,
+            "episodes": True,
+            "loss": {
+                "mtp_detach": True,
+                "policy": PolicyLossConfig(
+                    ratio="sequence", sequence_bound=None, geometric_band=(0.6, 2.0)
+                ),
+            },
+        },
+    ),
     # Orthogonalising rounds to bfloat16: from the third step on a router may choose otherwise.
     "dp, Muon": ({}, {"optim": {"muon_lr": 1e-3, "lr": 1e-4}, "steps": 2}),
     "tp, Muon": ({"tp": 2}, {"optim": {"muon_lr": 1e-3, "lr": 1e-4}, "steps": 2}),
@@ -87,7 +112,7 @@ SLOW = {"muon_lr": 1e-4, "lr": 1e-4}  # so that a rounding turns no choice of a 
 def _train(output: Path, mesh: dict[str, int], case: dict[str, Any]) -> dict[str, Any]:
     case = dict(case)
     if "source" in case:
-        case["source"] = Documents(case["source"])
+        case["source"] = Documents(case["source"], case.pop("episodes", False))
     return train(output, mesh, **case)
 
 
