@@ -1,8 +1,8 @@
 """The policy's losses beside those of TRL on the same arrays: values and gradients, not time.
 
-Prints a JSON line a case: the largest difference of the loss and of its gradient. TRL's own
-functions are called, `pip install trl datasets` first. Where the two differ by definition the
-case says so in `note` and the arrays are chosen so that they agree.
+Prints a JSON line a case: the largest difference of the loss and of its gradient, over random
+arrays in float64. TRL's own functions are called: `pip install trl datasets` first. A `note` says
+where an option of theirs is counted otherwise.
 """
 
 import argparse
