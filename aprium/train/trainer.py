@@ -255,7 +255,7 @@ class Trainer:
         whole = not self.spikes.num_above and progress.step < self.last_step
         if progress.step % config.checkpoint_every == 0 and whole:
             self.save()
-        bar.update(progress.step, figures, self._heldout)
+        bar.update(progress.step, self.last_step, figures, self._heldout)
 
     def _recover(self, cause: DivergenceError) -> None:
         """Go back to the last checkpoint, and on with the data after those that diverged."""
