@@ -1,13 +1,14 @@
 """Training cut over processes against one process: losses, gradients, updates, checkpoints."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from aprium.base.errors import ApriumError
+from aprium.base.errors import ApriumError, CheckpointError
 from aprium.model.model import HybridModel
 from aprium.parallel.mesh import Mesh, ParallelConfig
 from aprium.train.policy_loss import PolicyLossConfig
@@ -210,6 +211,17 @@ def test_read_checkpoint_holds_every_value_that_was_written(directory: Path, pai
         assert states.keys() == others.keys()
         for leaf, state in states.items():
             assert (state - others[leaf]).norm() <= 0.2 * state.norm() + 1e-6, (name, leaf)
+
+
+def test_changed_byte_of_a_shard_is_noticed(directory: Path, pair: Any, tmp_path: Path) -> None:
+    name = f"step-{2 * STEPS:06d}"
+    shutil.copytree(directory / "resharded" / name, tmp_path / name)
+    file = min((tmp_path / name / "shards").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{file.name} is not what was written"):
+        make(tmp_path, ParallelConfig(), 9, optim=SLOW).resume()
 
 
 def _state(trainer: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
