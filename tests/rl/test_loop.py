@@ -1,7 +1,12 @@
 """The loop on pico: what a run writes, and that it goes on bit for bit after any end."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aprium.base.config import load_toml
 from aprium.base.errors import ConfigError, EngineError, TaskError
 from aprium.base.records import Group, TeacherScores, Trajectory
 from aprium.checkpoint.hub import PICO_DIR
@@ -16,7 +22,7 @@ from aprium.checkpoint.load import load_checkpoint
 from aprium.model.layout import Layout
 from aprium.rl.credit import CreditConfig
 from aprium.rl.ledger import Ledger
-from aprium.rl.loop import learn, run_config
+from aprium.rl.loop import RlConfig, learn, run_config
 from aprium.rl.teachers import load_models
 from aprium.train.metrics import MetricsFile
 from aprium.train.trainer import Trainer
@@ -280,3 +286,60 @@ def test_whole_distributions_need_teachers_in_the_process(tmp_path: Path) -> Non
     )
     with pytest.raises(ConfigError, match="the teacher of 'add' is 't', which is on a server"):
         run_config(config)
+
+
+def test_the_shipped_recipe_can_be_read() -> None:
+    config = load_toml(RlConfig, RECIPES / "rl-pico.toml")
+    assert [domain.name for domain in config.domains] == ["add", "subtract"]
+    assert config.credit.drop_equal and config.trainer.freeze_router
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.rl.conftest import recipe
+from aprium.rl.loop import run_config
+changes = {"trainer": {"steps": 8}, "pipeline": {"max_age": int(sys.argv[2])}, "evaluate": None}
+run_config(recipe(Path(sys.argv[1]), **changes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_age", [0, 2])
+def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(
+    tmp_path: Path, max_age: int
+) -> None:
+    """With kill -9, at moments that move on; in turns even the weights are the same bits."""
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", KILLED, str(output), str(max_age)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
+
+    output = tmp_path / "killed"
+    kills = 0
+    while not (output / "model").exists():
+        process, begun = start(output), time.monotonic()
+        size, changes = _size(output), 0
+        while process.poll() is None:  # let it write to the ledger for a while, then kill it
+            time.sleep(0.005)
+            changes, size = changes + (_size(output) != size), _size(output)
+            if changes > 2 + 2 * kills and kills < 6:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            assert time.monotonic() - begun < 280
+        process.wait()
+    assert kills == 6
+    check_books(output, 8)
+    rows = MetricsFile(output).read("train")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    if max_age == 0:
+        assert start(tmp_path / "straight").wait() == 0
+        assert same(weights(output, 8), weights(tmp_path / "straight", 8))
+
+
+def _size(output: Path) -> int:
+    """Return the bytes of the ledger, if there is one."""
+    file = output / "ledger.jsonl"
+    return file.stat().st_size if file.exists() else 0
