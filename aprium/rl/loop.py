@@ -416,7 +416,9 @@ def _make_teachers(config: RlConfig, path: Path) -> Teachers | None:
         return None  # the trainer has them
     routes = {domain.name: domain.teacher for domain in config.domains}
     if config.teachers is not None:
-        teachers = Teachers(config.teachers, student=path, routes=routes)
+        longest = config.teachers.max_model_len or config.rollout.episode_tokens
+        sized = replace(config.teachers, max_model_len=longest)  # states of no more than is asked
+        teachers = Teachers(sized, student=path, routes=routes)
         for name in routes:
             weight = config.credit.kl_weights.get(name, config.credit.kl_weight)
             if weight and teachers.teacher_of(name) is None:

@@ -5,7 +5,9 @@ import inspect
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from aprium.base.config import from_dict
+from aprium.base.config import from_dict, to_dict
 from aprium.base.errors import ConfigError, EngineError, RequestError
 from aprium.base.policy import GroupPolicy
 from aprium.base.records import Completion, SamplingParams, Trajectory
@@ -479,7 +481,7 @@ def check_same(one: Path, other: Path) -> None:
 
 def check_books(output: Path) -> None:
     """Every item that was issued is in one batch, or open; a finished one was finished once."""
-    lines = [json.loads(line) for line in (output / "ledger.jsonl").open()]
+    lines = [json.loads(line) for line in (output / "ledger.jsonl").read_text().splitlines()]
     for event in ("issued", "finished", "scored"):
         items = [line["item"] for line in lines if line["event"] == event]
         assert len(items) == len(set(items)), event
@@ -581,3 +583,32 @@ def test_a_cluster_without_room_is_refused(started: Any) -> None:
     config = ClusterConfig(generator_resources={"CPU": 64}, start_timeout_s=3.0)
     with pytest.raises(ConfigError, match="no room for the actors in 3 s"):
         Cluster(config, weights_bytes=0)
+
+
+@ray_test
+def test_a_run_with_its_own_cluster_stops_when_asked_and_goes_on(tmp_path: Path) -> None:
+    """The signal goes to all processes of the terminal, those of Ray among them."""
+    pytest.importorskip("ray")
+    config = recipe(
+        tmp_path / "out", cluster={"generators": 2}, evaluate=None, trainer={"checkpoint_every": 4}
+    )
+    program = (
+        "import json, sys; from aprium.base.config import from_dict;"
+        "from aprium.rl.loop import RlConfig, run_config;"
+        "print('done', run_config(from_dict(RlConfig, json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", program, json.dumps(to_dict(config))]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = MetricsFile(config.output)
+    while process.poll() is None and not metrics.read("train"):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 0 and "done None" in said, said
+    assert len(metrics.read("train")) < 4
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert f"done {config.output / 'model'}" in finished.stdout
+    check_books(config.output)

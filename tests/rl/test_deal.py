@@ -1,7 +1,7 @@
 """Who deals items: shares of any beginning, and a curriculum that goes on where it was."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aprium.base.errors import ConfigError
@@ -11,6 +11,7 @@ from aprium.rl.deal import Course, Deal
 from aprium.rl.ledger import Item
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.floats(0.05, 1.0), min_size=1),
     st.integers(0, 60),

@@ -1,7 +1,12 @@
 """The loop on pico: what a run writes, and that it goes on bit for bit after any end."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aprium.base.config import load_toml
 from aprium.base.errors import ConfigError, EngineError, TaskError
 from aprium.base.records import Group, TeacherScores, Trajectory
+from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
+from aprium.model.layout import Layout
 from aprium.rl.credit import CreditConfig
 from aprium.rl.ledger import Ledger
-from aprium.rl.loop import learn, run_config
+from aprium.rl.loop import RlConfig, learn, run_config
+from aprium.rl.teachers import load_models
 from aprium.train.metrics import MetricsFile
 from aprium.train.trainer import Trainer
-from tests.rl.conftest import recipe
+from tests.rl.conftest import RECIPE, recipe
+from tests.rl.test_teachers import write_adapter
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -218,3 +228,118 @@ def test_what_cannot_be_done_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         run_config(recipe(tmp_path / "out", **changes))
+
+
+@pytest.mark.usefixtures("no_page")
+def test_every_form_of_distillation_is_that_of_the_domains_teacher(tmp_path: Path) -> None:
+    adapter = write_adapter(PICO_DIR, tmp_path / "adapter", ("mlp", "mamba_in"), 0, size=0.2)
+    listed = [{"name": "t", "checkpoint": "pico", "adapter": str(adapter)}]
+    first, second = RECIPE["domains"]
+    found: dict[str, Any] = {}
+    for form in ("sampled", "top_k", "full"):
+        config = recipe(
+            tmp_path / form,
+            domains=[{**first, "teacher": "t"}, {**second, "teacher": "self"}],
+            trainer={"steps": 1},
+            pipeline={"groups_per_step": 6},
+            rollout={"group_size": 1},
+            credit={"kl_weight": 1.0, "reward_weight": 0.0},
+            loss={"policy": {"distillation": form}},
+            teachers={"teachers": listed, "top": 0 if form == "full" else 8},
+            evaluate=None,
+        )
+        run_config(config)
+        (found[form],) = MetricsFile(config.output).read("train")
+        ledger = Ledger(config.output)
+        played = [t for e in ledger.entries.values() if e.group for t in e.group.trajectories]
+        ledger.close()
+    # The same tokens under both models, one episode after the other.
+    assert config.teachers is not None
+    models = load_models(config.teachers, "pico", {"add": "t", "next": "self"})
+    gaps, divergences = [], []
+    for episode in played:
+        at = [i for i, sampled in enumerate(episode.sampled) if sampled]
+        tokens, layout = torch.tensor(episode.tokens), Layout.packed([len(episode.tokens)])
+        with torch.no_grad():
+            mine, theirs = (
+                m.logits(m(tokens, layout)).double().log_softmax(-1)[[i - 1 for i in at]]
+                for m in (models["next"], models[episode.domain])
+            )
+        gaps += (mine - theirs).gather(1, tokens[at][:, None])[:, 0].tolist()
+        divergences += (mine.exp() * (mine - theirs)).sum(1).tolist()
+    mean = sum(divergences) / len(divergences)
+    assert mean > 0.1
+    assert found["full"]["kl"] == pytest.approx(mean, rel=1e-3)
+    assert 0.1 * mean < found["top_k"]["kl"] < mean  # all but a few tokens are one bucket there
+    gap = found["sampled"]["policy"]["teacher_gap"]
+    assert gap == pytest.approx(sum(gaps) / len(gaps), rel=1e-3)
+
+
+def test_whole_distributions_need_teachers_in_the_process(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'full'.* add a .teachers. table"):
+        recipe(tmp_path / "out", loss={"policy": {"distillation": "full"}})
+    remote = {"name": "t", "remote": {"url": "http://there", "model": "m"}}
+    config = recipe(
+        tmp_path / "out",
+        loss={"policy": {"distillation": "full"}},
+        teachers={"teachers": [remote], "default": "t"},
+    )
+    with pytest.raises(ConfigError, match="the teacher of 'add' is 't', which is on a server"):
+        run_config(config)
+
+
+def test_the_shipped_recipe_can_be_read() -> None:
+    config = load_toml(RlConfig, RECIPES / "rl-pico.toml")
+    assert [domain.name for domain in config.domains] == ["add", "subtract"]
+    assert config.credit.drop_equal and config.trainer.freeze_router
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.rl.conftest import recipe
+from aprium.rl.loop import run_config
+changes = {"trainer": {"steps": 8}, "pipeline": {"max_age": int(sys.argv[2])}, "evaluate": None}
+run_config(recipe(Path(sys.argv[1]), **changes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_age", [0, 2])
+def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(
+    tmp_path: Path, max_age: int
+) -> None:
+    """With kill -9, at moments that move on; in turns even the weights are the same bits."""
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", KILLED, str(output), str(max_age)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
+
+    output = tmp_path / "killed"
+    kills = 0
+    while not (output / "model").exists():
+        process, begun = start(output), time.monotonic()
+        size, changes = _size(output), 0
+        while process.poll() is None:  # let it write to the ledger for a while, then kill it
+            time.sleep(0.005)
+            changes, size = changes + (_size(output) != size), _size(output)
+            if changes > 2 + 2 * kills and kills < 6:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            assert time.monotonic() - begun < 280
+        process.wait()
+    assert kills == 6
+    check_books(output, 8)
+    rows = MetricsFile(output).read("train")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    if max_age == 0:
+        assert start(tmp_path / "straight").wait() == 0
+        assert same(weights(output, 8), weights(tmp_path / "straight", 8))
+
+
+def _size(output: Path) -> int:
+    """Return the bytes of the ledger, if there is one."""
+    file = output / "ledger.jsonl"
+    return file.stat().st_size if file.exists() else 0

@@ -223,6 +223,7 @@ def test_groups_at_a_time_are_bounded(tmp_path: Path) -> None:
     assert world.most_playing == 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=8), st.integers(1, 3))
 def test_fits_is_what_trying_all_orders_says(last_steps: list[int], size: int) -> None:
     room = dict.fromkeys(range(7), size)
