@@ -34,10 +34,13 @@ from aprium.rl.cluster import (
     RemoteTeachers,
     shares,
 )
+from aprium.rl.generation import Embedded
 from aprium.rl.ledger import Ledger
 from aprium.rl.loop import run_config
 from aprium.rl.teachers import TeacherConfig, Teachers, TeachersConfig
 from aprium.rl.weights import Weights, pack, unpack
+from aprium.train import lora
+from aprium.train.lora import LoraConfig
 from aprium.train.metrics import MetricsFile
 from aprium.train.sft import open_model, read_text
 from tests.rl.conftest import recipe
@@ -315,7 +318,6 @@ def test_generators_that_are_lost_again_and_again_end_the_run(weights: Weights) 
 
 def test_an_engine_behind_the_policy_says_what_it_says_here(weights: Weights) -> None:
     """The actor's own class, without Ray: the same bits as an engine of this process."""
-    from aprium.rl.generation import Embedded
 
     async def go() -> None:
         config = EngineConfig(model="pico", max_model_len=256)
@@ -342,6 +344,42 @@ def test_an_engine_behind_the_policy_says_what_it_says_here(weights: Weights) ->
         await embedded.close()
         for actor in fake.started:
             await actor.inner._engine.close()
+
+    asyncio.run(go())
+
+
+def test_who_replaces_an_engine_has_the_adapters_of_the_moment() -> None:
+    """Of which only what they change was sent since the start."""
+    model = open_model(PICO_DIR, read_text(PICO_DIR), frozen=True)
+    adapter = lora.attach(model, LoraConfig(r=4))
+    weights = Weights(model, adapter)
+
+    async def go() -> None:
+        config = EngineConfig(model="pico", max_model_len=256)
+        fake: Any = FakeCluster(lambda bundle: GeneratorActor())
+        threads = torch.get_num_threads()
+        generators = Generators(fake, config, PICO_DIR, weights)
+        await generators.pool.open()
+        torch.set_num_threads(threads)
+        tokens = tuple(range(30, 50))
+        before = await generators.policy().score(tokens)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in adapter.parameters().values():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        await generators.push(weights, 3)
+        embedded = Embedded(config, PICO_DIR, weights)
+        wanted = await embedded.policy().score(tokens)
+        found = [await generators.policy().score(tokens)]
+        fake.started[0].dead = True
+        found.append(await generators.policy().score(tokens))
+        torch.set_num_threads(threads)
+        assert found == [wanted, wanted] and before != wanted
+        assert len(fake.started) == 2
+        assert fake.started[1].inner._engine.stats().weight_version == 3
+        await generators.close()
+        for one in (embedded, *(actor.inner._engine for actor in fake.started)):
+            await one.close()
 
     asyncio.run(go())
 
@@ -494,7 +532,7 @@ def check_books(output: Path) -> None:
 
 def kill_while_it_works(monkeypatch: pytest.MonkeyPatch, ray: Any, at: Sequence[int]) -> list[int]:
     """Kill the process of the generator that gets each of these calls, and a teacher's at last."""
-    calls, killed = [0], []
+    calls, killed, teacher_killed = [0], [], []
     choose, score = Generators.choose, RemoteTeachers.score
 
     def kill(one: Any) -> None:
@@ -510,7 +548,8 @@ def kill_while_it_works(monkeypatch: pytest.MonkeyPatch, ray: Any, at: Sequence[
         return member
 
     async def kill_and_score(self: RemoteTeachers, trajectory: Trajectory) -> Any:
-        if len(killed) == len(at):
+        if len(killed) == len(at) and not teacher_killed:
+            teacher_killed.append(True)
             await asyncio.to_thread(kill, self.pool.members[0].actor)
         return await score(self, trajectory)
 
@@ -589,9 +628,7 @@ def test_a_cluster_without_room_is_refused(started: Any) -> None:
 def test_a_run_with_its_own_cluster_stops_when_asked_and_goes_on(tmp_path: Path) -> None:
     """The signal goes to all processes of the terminal, those of Ray among them."""
     pytest.importorskip("ray")
-    config = recipe(
-        tmp_path / "out", cluster={"generators": 2}, evaluate=None, trainer={"checkpoint_every": 4}
-    )
+    config = recipe(tmp_path / "out", cluster={"generators": 2}, trainer={"checkpoint_every": 4})
     program = (
         "import json, sys; from aprium.base.config import from_dict;"
         "from aprium.rl.loop import RlConfig, run_config;"
