@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections import OrderedDict
 from collections.abc import (
@@ -85,6 +86,11 @@ class ClusterConfig:
                 raise ConfigError(
                     f"cluster.{name} is {getattr(self, name)}: it must be at least {least}"
                 )
+        if self.address is not None and "://" in self.address:
+            raise ConfigError(
+                f"cluster.address is {self.address!r}: actors and trainer share an object store, "
+                'run on a node of the cluster with "auto" or HOST:PORT'
+            )
         if self.start_timeout_s <= 0:
             raise ConfigError(
                 f"cluster.start_timeout_s is {self.start_timeout_s}: it must be above 0"
@@ -147,6 +153,8 @@ class Cluster:
             usual["num_cpus"] = max(os.cpu_count() or 1, int(-(-cpus // 1)))
             usual["object_store_memory"] = store or max(3 * weights_bytes, _LEAST_STORE_BYTES)
         try:
+            if self.config.address is not None:
+                self._knock(self.config.address)
             with _own_signals():
                 self.ray.init(**usual)
         except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
@@ -161,6 +169,17 @@ class Cluster:
                 f"({cause}): run `ray start --head` on one machine and `ray start "
                 "--address=HOST:6379` on the others, or leave cluster.address out"
             ) from error
+
+    def _knock(self, address: str) -> None:
+        """Raise ConnectionError where nobody answers: Ray itself would wait, and not be stopped."""
+        found = self.ray._private.services.canonicalize_bootstrap_address(address)
+        if found is None:
+            return  # Ray looks for one on this machine, and says so where there is none
+        host, _, port = found.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers at {found}: {error}") from error
 
     def _place(self) -> None:
         """Wait until the actors have been granted their places."""

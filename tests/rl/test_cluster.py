@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -444,6 +445,7 @@ def test_teachers_are_shared_out_and_asked_again(monkeypatch: pytest.MonkeyPatch
         ({"strategy": "ANYWHERE"}, "it must be one of 'PACK'"),
         ({"object_store_bytes": 1 << 20}, "Ray takes no fewer"),
         ({"object_store_bytes": 1 << 30, "address": "auto"}, "leave one of the two out"),
+        ({"address": "ray://head:10001"}, "run on a node of the cluster"),
         ({"gpus": 1}, "unknown key"),
     ],
 )
@@ -465,8 +467,11 @@ def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_cluster_that_is_not_there_is_one_sentence() -> None:
     pytest.importorskip("ray")
-    with pytest.raises(ConfigError, match="run `ray start --head`"):
-        Cluster(ClusterConfig(address="auto"), weights_bytes=0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=r"nothing answers at .*: run `ray start --head`"):
+            Cluster(ClusterConfig(address=address), weights_bytes=0)
 
 
 # With Ray itself: its start takes 10 s and more.
@@ -478,6 +483,7 @@ def started() -> Iterator[Any]:
     pytest.importorskip("ray")
     ray = cluster._import_ray()
     ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=200 << 20,
