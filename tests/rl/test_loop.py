@@ -290,7 +290,7 @@ def test_whole_distributions_need_teachers_in_the_process(tmp_path: Path) -> Non
 
 def test_the_shipped_recipe_can_be_read() -> None:
     config = load_toml(RlConfig, RECIPES / "rl-pico.toml")
-    assert [domain.name for domain in config.domains] == ["add", "subtract"]
+    assert [domain.name for domain in config.domains] == ["smallest", "repeat"]
     assert config.credit.drop_equal and config.trainer.freeze_router
 
 
