@@ -184,8 +184,12 @@ def _text(content: Any, where: str) -> str:
 def write_items(message: Message, name: str) -> list[dict[str, Any]]:
     """Return a message as items, whose ids begin with `name`."""
     if message.role == "tool":
-        output = {"call_id": message.tool_call_id or "", "output": message.content or ""}
-        return [{"type": "function_call_output", **output}]
+        return [
+            {
+                "id": f"fco_{name}", "type": "function_call_output", "status": "completed",
+                "call_id": message.tool_call_id or "", "output": message.content or "",
+            }
+        ]  # fmt: skip
     if message.role != "assistant":
         return [{"type": "message", "role": message.role, "content": message.content or ""}]
     found: list[dict[str, Any]] = []
@@ -227,10 +231,8 @@ def chat_tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 def item_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tool of a chat in the Responses form."""
-    function = tool["function"]
-    found = {key: function[key] for key in _TOOL_KEYS if function.get(key) is not None}
-    return {"type": "function", "parameters": {}, "strict": False, **found}
+    """Return a tool of a chat in the Responses form, where no key is left out."""
+    return {"type": "function", **{key: tool["function"].get(key) for key in _TOOL_KEYS}}
 
 
 def read_arguments(text: str) -> dict[str, Any] | None:

@@ -86,8 +86,9 @@ def test_what_cannot_be_read(item: dict[str, Any], words: str) -> None:
 
 def test_tools_there_and_back() -> None:
     tool = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
-    assert item_tool(chat_tool(tool, 0)) == tool
-    assert item_tool({"function": {"name": "g"}})["parameters"] == {}
+    assert item_tool(chat_tool(tool, 0)) == tool | {"description": None}
+    chat = {"type": "function", "function": {"name": "g", "description": "a"}}
+    assert chat_tool(item_tool(chat), 0) == chat
     with pytest.raises(RequestError, match=r"tools\[3\] is of type 'web_search'"):
         chat_tool({"type": "web_search"}, 3)
     assert [read_arguments(text) for text in ("", '{"a": 1}', "[]", "{")] == [
