@@ -17,7 +17,7 @@ from typing import Any
 from aprium.base.errors import RequestError, TaskError
 from aprium.base.records import Message, Trajectory
 from aprium.envs.env import Stop
-from aprium.envs.task import Task
+from aprium.envs.task import Task, key_of
 from aprium.text.items import chat_tool, item_tool, read_echo, read_items, write_items
 
 Row = Mapping[str, Any]
@@ -69,14 +69,9 @@ def row_task(row: Row, domain: str) -> Task:
     agent, own = row.get("agent_ref"), row.get("task")
     name = agent.get("name") if isinstance(agent, Mapping) else None
     key = own.get("key") if isinstance(own, Mapping) else None
-    if not isinstance(key, str):
-        asked = [
-            [m.role, m.content, [[c.name, c.arguments] for c in m.tool_calls]] for m in messages
-        ]
-        key = json.dumps(asked)
     return Task(
         domain=name if isinstance(name, str) and name else domain,
-        key=key,
+        key=key if isinstance(key, str) else key_of(messages),
         messages=messages,
         tools=tools,
         data={"row": dict(row)},

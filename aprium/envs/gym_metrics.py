@@ -24,7 +24,13 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if results:
         overall["num_repeats"] = len({result.get(ROLLOUT_INDEX, 0) for result in results})
     if len(scored) < len(results):
-        coverage = {"num_scored": len(scored), "num_masked": len(results) - len(scored)}
+        every = {result.get(TASK_INDEX, 0) for result in results}
+        coverage = {
+            "coverage/measured_rollouts": len(scored),
+            "coverage/masked_rollouts": len(results) - len(scored),
+            "coverage/measured_tasks": len(by_task),
+            "coverage/fully_masked_tasks": len(every) - len(by_task),
+        }
         overall |= coverage
         key |= coverage
     groups = [{TASK_INDEX: index, **_describe(rows)} for index, rows in sorted(by_task.items())]

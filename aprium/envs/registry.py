@@ -20,6 +20,7 @@ from aprium.envs.reasoning import ReasoningGym
 from aprium.envs.retrieval import Retrieval
 from aprium.envs.structured import StructuredOutput
 from aprium.envs.tool_use import ToolUse
+from aprium.envs.verifiers import Verifiers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,9 @@ ENVIRONMENTS: dict[str, Entry] = {
     "abstention": Entry(family=Abstention, words="half the questions have no answer: say so"),
     "judging": Entry(family=Judging, words="which of two answers is right, as a reward model says"),
     "nemo-gym": Entry(family=GymRows, words="rows of a file, graded by a NeMo-Gym server"),
+    "verifiers": Entry(
+        family=Verifiers, words="single-turn tasks of an installed verifiers taskset"
+    ),
 }
 
 

@@ -305,6 +305,9 @@ def test_a_model_server_that_is_not_there() -> None:
         ModelServer(url="x").session(1.0)
 
 
+COVERAGE = ("measured_rollouts", "masked_rollouts", "measured_tasks", "fully_masked_tasks")
+
+
 class Asks(AskedOnce):
     """Answers the first reply with a question, and pays for the second."""
 
@@ -368,7 +371,11 @@ def test_figures_of_many() -> None:
     one = found["group_level_metrics"][1]
     assert (one["mean/reward"], one["max/reward"], one["std/reward"]) == (1.0, 2.0, 1.0)
     assert one["median/total_tokens"] == 20.0 and one["min/right"] == 0.0
-    assert found["key_metrics"]["mean/reward"] == 0.5 and found["key_metrics"]["num_masked"] == 1
+    assert found["key_metrics"]["mean/reward"] == 0.5
+    masked_only = {"_ng_task_index": 7, "reward": 1.0, "mask_sample": True}
+    coverage = aggregate([*rows, masked, masked_only])["key_metrics"]
+    assert [coverage[f"coverage/{name}"] for name in COVERAGE] == [6, 2, 2, 1]
+    assert aggregate([masked_only])["group_level_metrics"] == []
     assert found["agent_metrics"]["num_repeats"] == 4
     assert not any("word" in key or "_ng" in key for key in found["agent_metrics"])
     assert aggregate([]) == {"group_level_metrics": [], "agent_metrics": {}, "key_metrics": {}}
