@@ -41,6 +41,7 @@ log = get_logger("envs")
 COOKIE = "aprium_episode"
 MAX_BODY_BYTES = 64 << 20
 MAX_SESSIONS = 16_384
+_MAX_CALLS = 1024  # of tools in one episode
 _GONE_S = 1.0  # how often to look whether a client has gone
 _ROUTES = ("seed_session", "verify", "run", "aggregate_metrics")
 
@@ -132,7 +133,12 @@ class GymRoutes:
 
     async def seed_session(self, body: RunRequest) -> Response:
         """Begin an episode."""
-        episode = await self._begin(_row_task(body))
+        task = _row_task(body)
+        for tool in task.tools:
+            if tool["function"]["name"] in _ROUTES:
+                raise TaskError(f"a tool is named {tool['function']['name']}, as a route is")
+        episode = Episode(env=self._start(task))
+        await episode.env.reset()
         name = uuid.uuid4().hex
         self._episodes[name] = episode
         while len(self._episodes) > MAX_SESSIONS:
@@ -155,10 +161,11 @@ class GymRoutes:
         self._episodes.move_to_end(name)
         call = ToolCall(name=tool, arguments=arguments or "{}", id="call")
         async with episode.lock, asyncio.timeout(self._limits.deadline_s):
-            if episode.done or episode.num_steps >= self._limits.max_turns:
+            if episode.done or episode.num_steps >= _MAX_CALLS:
                 return JSONResponse({"error": "the episode has ended"})
             step = await episode.step(Turn(role="assistant", tool_calls=(call,)))
         text = "\n".join(message.content or "" for message in step.messages)
+        text = text or json.dumps({"done": step.done})
         response = Response(text, media_type="application/json" if _is_json(text) else "text/plain")
         response.set_cookie(COOKIE, name, httponly=True)  # clients keep those of the last answer
         return response
@@ -166,12 +173,12 @@ class GymRoutes:
     async def verify(self, body: VerifyRequest, request: Request) -> Response:
         """Grade what was answered: in its episode, or by playing it again where there is none."""
         row, task = body.model_dump(exclude_unset=True), _row_task(body)
-        self._family(task)
-        turns = _turns(body.response)
+        turns, fresh = _turns(body.response), Episode(env=self._start(task))
         episode = self._episodes.pop(request.cookies.get(COOKIE, ""), None)
         try:
             if episode is None or not episode.num_steps or episode.env.task.id != task.id:
-                episode = await self._begin(task)
+                episode = fresh
+                await episode.env.reset()
             else:
                 turns = turns[-1:] if turns and not turns[-1].tool_calls else []
             async with episode.lock, asyncio.timeout(self._limits.deadline_s):
@@ -185,7 +192,7 @@ class GymRoutes:
         if self._model is None:
             raise TaskError("there is no model to play with: start the server with --model-url")
         row, task = body.model_dump(exclude_unset=True), _row_task(body)
-        params, env = row["responses_create_params"], self._family(task).start(task)
+        params, env = row["responses_create_params"], self._start(task)
         async with self._places:
             work = asyncio.create_task(play(env, params, self._model, self._limits))
             rollout = await _until_gone(work, request)
@@ -206,13 +213,15 @@ class GymRoutes:
         """Say that what was answered can be graded again without its episode."""
         return "stateless"
 
-    async def _begin(self, task: Task) -> Episode:
-        for tool in task.tools:
-            if tool["function"]["name"] in _ROUTES:
-                raise TaskError(f"a tool is named {tool['function']['name']}, as a route is")
-        env = self._family(task).start(task)
-        await env.reset()
-        return Episode(env=env)
+    def _start(self, task: Task) -> Env:
+        family = self._family(task)
+        try:
+            return family.start(task)
+        except (KeyError, TypeError, ValueError) as error:
+            raise TaskError(
+                f"the row's task.data does not fit {task.domain}, {type(error).__name__}: {error}; "
+                "send rows that aprium env rows writes"
+            ) from error
 
     def _family(self, task: Task) -> Family:
         if task.domain not in self._families:
@@ -318,7 +327,7 @@ def create_app(
         raise TaskError(f"families {names} cannot be served: name one or more, each once")
     if max_rollouts < 1:
         raise TaskError(f"max_rollouts is {max_rollouts}: it must be 1 or more")
-    app = FastAPI(title=f"serving {', '.join(names)}")
+    app = FastAPI(title=f"serving {', '.join(names)}", docs_url=None, redoc_url=None)
     routes = GymRoutes(families, model, limits or Limits(), max_rollouts)
     app.post("/seed_session")(routes.seed_session)
     app.post("/verify", response_model=None, responses={200: {"model": VerifyResponse}})(

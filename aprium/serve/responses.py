@@ -109,7 +109,10 @@ class ResponseRoutes:
         service.check_model(body.model)
         chat, echo = body.to_chat()
         before = self._before(body.previous_response_id)
-        stored = body.store is not False and service.config.max_stored_responses > 0
+        # Tokens without what they say cannot be gone on from.
+        stored = (
+            body.store is not False and service.config.max_stored_responses > 0 and echo is None
+        )
         if body.background and not stored:
             raise RequestError(
                 "background is true, and this server stores no responses: start it with "

@@ -178,6 +178,11 @@ class CreateResponse(UnsupportedFields):
                 "previous_response_id out",
                 param="previous_response_id",
             )
+        if echo is not None and (self.store or self.background):
+            raise RequestError(
+                "the input carries token ids: such a response is not stored, and echoed instead",
+                param="store",
+            )
         if echo is not None and not messages:
             raise RequestError(
                 "the input ends with the model's own turn: add what follows it, such as the "

@@ -121,5 +121,5 @@ async def _misbehave(body: dict[str, Any], route: str) -> Response | None:
             {**body, "reward": 0.0, "mask_sample": True, "failure_reason": "the judge is gone"}
         )
     if how == "slow":
-        await asyncio.sleep(5)
+        await asyncio.sleep(2)
     return None

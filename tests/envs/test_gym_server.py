@@ -117,6 +117,7 @@ def test_an_episode_is_under_its_cookie_and_graded_once(client: TestClient) -> N
         ({"task": None}, "no task with domain, key and data"),
         ({"task": {"domain": "math", "key": "x", "data": {}}}, "'math' are not served here"),
         ({"task": {"domain": 1, "key": "x", "data": {}}}, "malformed"),
+        ({"task": {"domain": "tool-use", "key": "x", "data": {}}}, "does not fit tool-use"),
         ({"responses_create_params": {"input": []}}, "has no responses_create_params.input"),
         ({"responses_create_params": {"input": [{"type": "x"}]}}, "cannot be read here"),
     ],
@@ -147,6 +148,20 @@ def test_requests_that_are_malformed(client: TestClient, monkeypatch: pytest.Mon
     monkeypatch.setattr(gym_server, "MAX_BODY_BYTES", 2000)
     response = client.post("/seed_session", json={"x": "y" * 3000})
     assert response.status_code == 413 and "2000 bytes" in response.json()["detail"]
+
+
+def test_calls_are_bounded_and_an_end_is_told(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gym_server, "_MAX_CALLS", 2)
+    client.post("/seed_session", json=write_row(take(FAMILIES[0], 0)))
+    answers = [client.post("/nothing", json={}).json() for _ in range(3)]
+    assert answers[2] == {"error": "the episode has ended"} != answers[1]
+    task = take(FAMILIES[1], 0)
+    client.post("/seed_session", json=write_row(task))
+    assert client.post("/look", json={}).json() == {"done": True}  # a call was the answer
+    answer = {"response": response_to(task.solution)}
+    assert client.post("/verify", json=write_row(task) | answer).json()["reward"] == 0.0
 
 
 def test_what_cannot_be_measured_is_masked(client: TestClient) -> None:

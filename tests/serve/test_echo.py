@@ -157,4 +157,11 @@ def test_tokens_that_cannot_be_spliced(
 
 def test_tokens_are_all_that_was_said(serve: Serve) -> None:
     body = {"input": [SAID | ECHO, NEXT], "previous_response_id": "resp_x"}
-    assert failure(serve().post("/v1/responses", json=body), 400)["param"] == "previous_response_id"
+    client = serve()
+    assert failure(client.post("/v1/responses", json=body), 400)["param"] == "previous_response_id"
+    body = {"input": [SAID | ECHO, NEXT], "max_output_tokens": 2}
+    for more in ({"store": True}, {"background": True}):
+        assert failure(client.post("/v1/responses", json=body | more), 400)["param"] == "store"
+    response = client.post("/v1/responses", json=body).json()
+    assert response["store"] is False
+    failure(client.get(f"/v1/responses/{response['id']}"), 404)
