@@ -7,7 +7,6 @@ sends them is trusted with what they say. A task that could not be measured come
 """
 
 import asyncio
-import dataclasses
 import json
 import socket
 import uuid
@@ -18,7 +17,6 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -34,8 +32,15 @@ from aprium.envs.family import Family
 from aprium.envs.gym import own_task
 from aprium.envs.gym_agent import ModelServer, play
 from aprium.envs.gym_metrics import aggregate
+from aprium.envs.gym_wire import (
+    AggregateRequest,
+    RunRequest,
+    VerifyRequest,
+    VerifyResponse,
+    answered_turns,
+)
 from aprium.envs.task import Task
-from aprium.text.items import read_arguments, read_items
+from aprium.text.items import read_arguments
 
 log = get_logger("envs")
 COOKIE = "aprium_episode"
@@ -44,54 +49,6 @@ MAX_SESSIONS = 16_384
 _MAX_CALLS = 1024  # of tools in one episode
 _GONE_S = 1.0  # how often to look whether a client has gone
 _ROUTES = ("seed_session", "verify", "run", "aggregate_metrics")
-
-
-class CreateParams(BaseModel):
-    """What a model is asked: the fields of a request to `/v1/responses`."""
-
-    model_config = ConfigDict(extra="allow")
-
-    input: str | list[dict[str, Any]]
-
-
-class RunRequest(BaseModel):
-    """The body of `/seed_session` and `/run`: a row."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    responses_create_params: CreateParams
-
-
-class ModelResponse(BaseModel):
-    """What a model answered, over all its turns."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    output: list[dict[str, Any]]
-    status: str | None = None
-    incomplete_details: dict[str, Any] | None = None
-
-
-class VerifyRequest(RunRequest):
-    """The body of `/verify`: a row with the response to grade."""
-
-    response: ModelResponse
-
-
-class VerifyResponse(VerifyRequest):
-    """A graded row; `mask_sample` says that the reward measures nothing, and why."""
-
-    reward: float
-    reward_components: dict[str, float]
-    mask_sample: bool = False
-    failure_kind: str | None = None
-    failure_reason: str | None = None
-
-
-class AggregateRequest(BaseModel):
-    """The body of `/aggregate_metrics`: graded rows."""
-
-    verify_responses: list[dict[str, Any]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -173,7 +130,7 @@ class GymRoutes:
     async def verify(self, body: VerifyRequest, request: Request) -> Response:
         """Grade what was answered: in its episode, or by playing it again where there is none."""
         row, task = body.model_dump(exclude_unset=True), _row_task(body)
-        turns, fresh = _turns(body.response), Episode(env=self._start(task))
+        turns, fresh = answered_turns(body.response), Episode(env=self._start(task))
         episode = self._episodes.pop(request.cookies.get(COOKIE, ""), None)
         try:
             if episode is None or not episode.num_steps or episode.env.task.id != task.id:
@@ -232,19 +189,6 @@ class GymRoutes:
 
 def _row_task(body: RunRequest) -> Task:
     return own_task(body.model_dump(exclude_unset=True))
-
-
-def _turns(response: ModelResponse) -> list[Turn]:
-    """Return the turns of the model that count: none that was cut, no call that cannot be made."""
-    messages = list(read_items(response.output))
-    if (response.incomplete_details or response.status == "incomplete") and messages:
-        messages.pop()
-    turns: list[Turn] = []
-    for message in messages:
-        calls = tuple(c for c in message.tool_calls if read_arguments(c.arguments) is not None)
-        if message.role == "assistant" and (calls or not message.tool_calls):
-            turns.append(dataclasses.replace(message, tool_calls=calls))
-    return turns
 
 
 async def _finish(episode: Episode, turns: Sequence[Turn], max_turns: int) -> None:
