@@ -15,7 +15,16 @@ import aprium
 from aprium.base.errors import ApriumError, UnsupportedError
 from aprium.base.log import configure_logging
 from aprium.cli_env import env
-from aprium.cli_train import boost_mtp, data, merge_checkpoints, recipe_options, setting, sft
+from aprium.cli_train import (
+    boost_mtp,
+    data,
+    merge_checkpoints,
+    mopd,
+    recipe_options,
+    rl,
+    setting,
+    sft,
+)
 
 _ENGINE_OPTIONS = (
     *("dtype", "activation_dtype", "kv_cache_dtype", "mamba_ssm_cache_dtype"),
@@ -406,7 +415,7 @@ def _batches(text: str) -> list[int]:
     return sizes
 
 
-for command in (sft, boost_mtp, merge_checkpoints, data, env):
+for command in (sft, rl, boost_mtp, merge_checkpoints, data, env, mopd):
     cli.add_command(command)
 
 

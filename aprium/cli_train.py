@@ -44,10 +44,108 @@ def sft(recipe: Path, settings: tuple[str, ...]) -> None:
     from aprium.train.sft import run
 
     directory = run(recipe, dict(setting(text) for text in settings))
-    if directory is not None and (directory / "adapter_config.json").exists():
-        click.echo(f"{directory}: merge it with aprium lora-merge CHECKPOINT {directory} OUT")
-    elif directory is not None:
-        click.echo(f"{directory}: open it with aprium chat {directory}")
+    if directory is not None:
+        click.echo(_what_next(directory))
+
+
+def _what_next(directory: Path) -> str:
+    """Say what to do with the result of a run."""
+    if (directory / "adapter_config.json").exists():
+        return f"{directory}: merge it with aprium lora-merge CHECKPOINT {directory} OUT"
+    return f"{directory}: open it with aprium chat {directory}"
+
+
+@click.command()
+@recipe_options
+def rl(recipe: Path, settings: tuple[str, ...]) -> None:
+    """Let a checkpoint learn of what it earns in environments, or go on with a run.
+
+    It plays episodes, groups of them are compared, and it is trained on its own tokens; with
+    teachers (see aprium mopd) also on what they say of them. The result is written to OUTPUT/model,
+    or with a [lora] table to OUTPUT/adapter, held-out accuracy before and after, beside that of the
+    best constant answer, to OUTPUT/evaluation.json, and what became of every episode to
+    OUTPUT/ledger.jsonl. recipes/rl-pico.toml is complete.
+    """
+    configure_logging()
+    from aprium.rl.loop import run
+
+    directory = run(recipe, dict(setting(text) for text in settings))
+    if directory is not None:
+        click.echo(_what_next(directory))
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--seeds", help="Run the graph once for each of these, as 0,1,2.")
+@click.option("--until", metavar="NODE", help="Run this node and what it needs, and no more.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Nodes to run at a time, each in a process of its own.",
+)
+@click.option("--show", is_flag=True, help="Print the graph and what it costs; run nothing.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+def mopd(
+    recipe: Path,
+    seeds: str | None,
+    until: str | None,
+    jobs: int,
+    show: bool,
+    settings: tuple[str, ...],
+) -> None:
+    """Run rounds of distillation from many teachers, or go on with a run that was stopped.
+
+    RECIPE is a TOML file of nodes: reinforcement learning and fine-tuning that make a student and
+    its specialists, warm-ups, distillation of all specialists on the student's own rollouts, and
+    again from there. Every node is a directory under OUTPUT, run once and evaluated on the same
+    held-out tasks; OUTPUT/report.html shows the graph, OUTPUT/rounds.json has the figures.
+    recipes/mopd-toy.toml is complete.
+    """
+    configure_logging("WARNING" if show else None)
+    from rich.console import Console
+
+    from aprium.base.config import load_toml
+    from aprium.rl import costs, rounds
+    from aprium.rl.lineage import RoundsConfig
+    from aprium.rl.recovery import lines
+
+    changes = dict(setting(text) for text in settings)
+    if seeds is not None:
+        changes["seeds"] = _numbers(seeds)
+    config = load_toml(RoundsConfig, recipe, changes)
+    console = Console()
+    if show:
+        console.print(_rows(costs.outline(config, until)))
+        console.print("Tokens at most, the evaluation of each node included.", style="dim")
+        return
+    found = rounds.run_config(config, until=until, jobs=jobs)
+    if found is None:
+        click.echo("stopped: the same command continues")
+        return
+    for line in lines(found):
+        click.echo(line)
+    click.echo(f"{config.output / 'report.html'}: open it in a browser")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--seeds {text}: write whole numbers, as 0,1,2") from error
+
+
+def _rows(rows: list[dict[str, str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None)
+    for name in rows[0]:
+        amount = name in ("sampled", "scored", "trained")
+        table.add_column(name, justify="right" if amount else "left", no_wrap=name != "from")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
 
 
 @click.command(name="boost-mtp")

@@ -10,6 +10,7 @@ handed in, because this package does not know where tasks are made.
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,17 +41,18 @@ class SourceConfig:
     """One source.
 
     kind "text": JSONL or Parquet with `text`; "chat": with `messages` in the OpenAI form and
-    optionally `tools`; "tasks": families of generated tasks (all when `families` is empty), words
+    optionally `tools`; "samples": with `tokens` and their `weights` in the loss, as a model wrote
+    them; "tasks": families of generated tasks (all when `families` is empty), words
     from the file `words`, one a line. `path` is a file, a glob pattern or a list of them, `field`
     another name of the column. `weight` is the share of tokens. `heldout` is what to evaluate on,
     files as `path`; tasks hold items out by themselves. Of conversations `learn` weighs the
     assistant's turns, "all" or the "last"; `thinking` is the share with the thinking switch on
     (None: where there is reasoning; tasks 0.7), and `cut` the share whose last reasoning is ended
-    early, at a random place, as a budget does. A conversation longer than `max_length` is an
-    "error", or "skip" leaves it out.
+    early, at a random place, as a budget does. A conversation or sample longer than `max_length` is
+    an "error", or "skip" leaves it out.
     """
 
-    kind: Literal["text", "chat", "tasks"]
+    kind: Literal["text", "chat", "samples", "tasks"]
     name: str
     weight: float = 1.0
     path: Path | tuple[Path, ...] | None = None
@@ -85,6 +87,7 @@ class SourceConfig:
 _UNUSED = {
     "text": ("words", "families", "learn", "thinking", "cut", "too_long"),
     "chat": ("words", "families"),
+    "samples": ("field", "words", "families", "learn", "thinking", "cut"),
     "tasks": ("path", "heldout", "field", "learn", "cut", "too_long"),
 }
 
@@ -238,6 +241,47 @@ class ChatSource:
             self._warned = True
             log.warning("%s: %s: it is left out, as are others", row.where, message)
         return ()
+
+
+class SampleSource:
+    """Token ids with their weights, of files, shuffled anew each time through."""
+
+    def __init__(self, config: SourceConfig, rows: Rows, text: Text, data: DataConfig) -> None:
+        self._config, self._rows, self._data = config, rows, data
+        self._vocab_size = text.tokenizer.vocab_size
+        self._order = Order(rows.blocks, f"{data.seed} {config.name}")
+        self.size: int | None = len(rows)
+
+    def read(self, number: int) -> Sequence[Sample]:
+        """Return sample `number`, none if it is too long and skipped, or nothing of it is learnt.
+
+        Raises DataError for what is no sample of this vocabulary.
+        """
+        row = self._rows[self._order.row(number)]
+        tokens, weights = row.data.get("tokens"), row.data.get("weights")
+        if not (isinstance(tokens, list) and isinstance(weights, list)) or len(tokens) != len(
+            weights
+        ):
+            raise DataError(f"{row.where}: tokens and weights must be two lists of one length")
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < self._vocab_size:
+                raise DataError(
+                    f"{row.where}: token {token!r} is none of the {self._vocab_size} of the "
+                    "tokenizer: were the samples written with another?"
+                )
+        if not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
+            raise DataError(f"{row.where}: weights must be numbers")
+        if len(tokens) > self._data.max_length:
+            if self._config.too_long == "skip":
+                return ()
+            raise DataError(
+                f"{row.where}: a sample of {len(tokens)} tokens is over max_length "
+                f"{self._data.max_length}: raise it, or set too_long = 'skip'"
+            )
+        if not any(weights[1:]):
+            return ()
+        kept = (0.0, *map(float, weights[1:]))  # nothing predicts the first token
+        return [Sample(tokens=tuple(tokens), ce_weight=kept, domain=self._config.name)]
 
 
 class TaskSource:
@@ -427,6 +471,8 @@ def _open(
     rows = Rows(paths if isinstance(paths, tuple) else (paths,))
     if source.kind == "text":
         return TextSource(source, rows, text, config)
+    if source.kind == "samples":
+        return SampleSource(source, rows, text, config)
     if heldout:
         source = SourceConfig(**{**vars(source), "cut": 0.0})
     return ChatSource(source, rows, text, config)

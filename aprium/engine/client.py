@@ -288,9 +288,11 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         cache_salt: str = "",
+        *,
+        whole: bool = False,
         **options: Any,
     ) -> AsyncIterator[Completion]:
-        """Continue `tokens` and yield the completion as it grows.
+        """Continue `tokens` and yield the completion as it grows, or only when it is `whole`.
 
         Each one is whole so far; `index` tells the `n` continuations apart and the last of each
         has `finish` set. Closing the iterator (or cancelling the task in it) stops the generation.
@@ -302,7 +304,7 @@ class AsyncEngine:
         """
         jobs = _Jobs(self._owner, self.generation_config, self.tokenizer)
         jobs.add(tuple(tokens), params, request_id, cache_salt=cache_salt, **options)
-        return self._run(jobs)
+        return self._run(jobs, whole)
 
     async def finish_thinking(self, request_id: str | None = None) -> int:
         """Close the reasoning of running continuations at their next token; see `LLM`."""
@@ -332,7 +334,7 @@ class AsyncEngine:
         """Stop the engine; unfinished generations fail with EngineError."""
         await asyncio.to_thread(self._close)
 
-    async def _run(self, jobs: "_Jobs") -> AsyncIterator[Completion]:
+    async def _run(self, jobs: "_Jobs", whole: bool) -> AsyncIterator[Completion]:
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[list[Delta] | EngineError] = asyncio.Queue()
 
@@ -349,7 +351,8 @@ class AsyncEngine:
                 while not inbox.empty():  # a slow reader gets the latest, not every step
                     changed += jobs.push(inbox.get_nowait())
                 for assembler in dict.fromkeys(changed) if not jobs.chooses else ():
-                    yield assembler.completion()
+                    if not whole or assembler.finish is not None:
+                        yield assembler.completion()
             for completion in jobs.chosen() if jobs.chooses else ():
                 yield completion
         finally:

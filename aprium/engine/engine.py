@@ -311,14 +311,19 @@ class Engine:
         return Delta(id=sequence.id, finish="abort", stop_reason=reason, timings=_timings(sequence))
 
     def update_weights(
-        self, source: str | Path | Mapping[str, Tensor], *, recompute: bool = False
+        self,
+        source: str | Path | Mapping[str, Tensor],
+        *,
+        recompute: bool = False,
+        version: int | None = None,
     ) -> int:
         """Replace weights, and return the version that completions carry from now on.
 
-        `source` is a checkpoint of the same shape and formats, or tensors by published name, of
-        which there may be fewer than all. Running sequences go on from their states, or with
-        `recompute` from their tokens; nothing else that was computed is used again. Raises
-        CheckpointError, with the old weights in place, where a tensor does not fit.
+        It is `version` where one is given, else one more than before. `source` is a checkpoint of
+        the same shape and formats, or tensors by published name, of which there may be fewer than
+        all. Running sequences go on from their states, or with `recompute` from their tokens;
+        nothing else that was computed is used again. Raises CheckpointError, with the old weights
+        in place, where a tensor does not fit.
         """
         prefixes = self.scheduler.prefixes
         assert prefixes is not None
@@ -335,7 +340,7 @@ class Engine:
         if self.store is not None:
             self.store.reset(self._store_directory())
             prefixes.adopt_stored()
-        self.weight_version += 1
+        self.weight_version = self.weight_version + 1 if version is None else version
         return self.weight_version
 
     def hold(self, tokens: Sequence[int], salt: str, before: Node | None = None) -> Node | None:

@@ -1,6 +1,7 @@
 """The embedded engine as a `Policy`: what environments, evaluations and teachers talk to."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
 
 from aprium.base.errors import EngineError, RequestError
 from aprium.base.records import Completion, SamplingParams
@@ -23,17 +24,27 @@ class EnginePolicy:
         """Continue `tokens`; see `Policy`. Raises RequestError, EngineError."""
         if params.n != 1:
             raise RequestError(f"n is {params.n}: ask a policy once for each completion", param="n")
+        async with contextlib.aclosing(self.complete_all(tokens, params)) as found:
+            async for completion in found:
+                return completion
+        raise EngineError("the engine ended a completion without saying why")
+
+    async def complete_all(
+        self, tokens: Sequence[int], params: SamplingParams
+    ) -> AsyncGenerator[Completion, None]:
+        """Yield the `params.n` continuations of `tokens` as they end; the prompt is read once.
+
+        Raises as `complete` does. Closing the iterator stops those that have not ended.
+        """
         thinking = self._opens_reasoning(tokens)
-        stream = self._engine.generate(tokens, params, thinking=thinking, **self._options)
-        last: Completion | None = None
+        stream = self._engine.generate(
+            tokens, params, thinking=thinking, whole=True, **self._options
+        )
         try:
             async for completion in stream:
-                last = completion
+                yield completion
         finally:
             await stream.aclose()  # type: ignore[attr-defined]  # it is a generator
-        if last is None or last.finish is None:
-            raise EngineError("the engine ended a completion without saying why")
-        return last
 
     def _opens_reasoning(self, tokens: Sequence[int]) -> bool:
         """Say whether a prompt ends inside the reasoning, which guides and budgets must know."""

@@ -6,7 +6,8 @@ servers fuse (q, k and v) go on sharing their global scale: those touched keep t
 their values fit under it, and otherwise all of them are encoded anew.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -69,6 +70,35 @@ def merge(
     return sum(entry.num_bytes for entry in entries)
 
 
+class Overlay:
+    """What adapters change of checkpoint `base`, in its own formats: for a model that stays loaded.
+
+    `num_bytes` is what the base takes. Nothing of it is held here: tensors are read when asked for.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self._plan = read_plan(base)
+        self._files = MappedFiles()
+        self.num_bytes = sum(t.end - t.start for t in self._plan.tensors.values())
+
+    def changed(self, adapter: Path) -> dict[str, Callable[[], Tensor]]:
+        """Return the tensors that `adapter` changes: published name -> what makes the merged one.
+
+        They are those that `merge` writes; of a quantised base with `requantize`. Raises
+        CheckpointError for an adapter that does not fit.
+        """
+        merged = _Merged(self._plan, lora.read(adapter, self._plan.config), "max")
+        return {
+            name: partial(merged.fetch, name, False)
+            for name in self._plan.tensors
+            if merged.changes(name)
+        }
+
+    def original(self, name: str) -> Tensor:
+        """Return a tensor as the base has it, by its published name."""
+        return self._files.tensor(self._plan.tensors[name])
+
+
 class _Merged:
     """The tensors of the merged checkpoint, each made when it is asked for."""
 
@@ -111,6 +141,18 @@ class _Merged:
             return self._stack(parameter, raw)
         plain = module in self._factors and leaf == "weight"
         return self._values(module).to(raw.dtype) if plain else raw
+
+    def changes(self, name: str) -> bool:
+        """Whether a tensor, by its published name, may become another one."""
+        parameter, expert = parameter_of(name)
+        if expert is None and parameter != name:
+            parts = tensors_of(parameter, self._plan.config.num_experts)
+            return any(part.removesuffix(".weight") in self._factors for part in parts)
+        module, _, leaf = name.rpartition(".")
+        if module in self._formats:
+            # Scales of what goes in are the base's own, whatever the weights become.
+            return self._is_touched(module) and leaf not in ("input_scale", "input_global_scale")
+        return module in self._factors and leaf == "weight"
 
     def _is_quantised(self, name: str) -> bool:
         module, _, leaf = name.rpartition(".")

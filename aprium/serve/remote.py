@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 
 from aprium.base.errors import EngineError, RequestError
-from aprium.base.records import Completion, Message, SamplingParams
+from aprium.base.records import Completion, Message, SamplingParams, TopLogprobs
 from aprium.serve.terminal import Said
 from aprium.text.parse import Event
 
@@ -177,6 +177,48 @@ class RemotePolicy:
             )
         return list(scores[: len(tokens)])
 
+    async def score_top(
+        self, tokens: Sequence[int], count: int
+    ) -> tuple[list[float | None], list[TopLogprobs]]:
+        """Return what `score` does, and at each token the `count` most probable ones.
+
+        Before the first token there are none.
+        """
+        body = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": count}
+        choice = await self._ask({"prompt": list(tokens), **body})
+        rows = choice.get("prompt_logprobs") or ()
+        try:
+            if len(rows) != len(tokens):
+                raise ValueError(f"{len(rows)} entries for {len(tokens)} tokens")
+            found = [
+                {int(id): float(entry["logprob"]) for id, entry in (row or {}).items()}
+                for row in rows
+            ]
+            scores = [
+                None if row is None else some[token]
+                for row, some, token in zip(rows, found, tokens, strict=True)
+            ]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise EngineError(
+                f"{self._url} returns no log-probabilities of the prompt by token id ({error}): it "
+                "must honour prompt_logprobs"
+            ) from error
+        return scores, [_most_probable(some, count) for some in found]
+
+    async def tokenize(self, text: str) -> list[int] | None:
+        """Return the token ids of `text` there; None from a server that does not say."""
+        body = {"model": self._model, "prompt": text, "add_special_tokens": False}
+        try:
+            response = await self._client.post("/tokenize", json=body)
+        except httpx2.HTTPError as error:
+            raise EngineError(f"{self._url} does not answer: {error!r}") from error
+        if response.status_code >= 500 and response.status_code != 501:
+            raise EngineError(f"{self._url} answers {_complaint(response)}")
+        try:
+            return [int(id) for id in response.json()["tokens"]]
+        except (ValueError, LookupError, TypeError):
+            return None
+
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
@@ -205,6 +247,11 @@ class RemotePolicy:
             return response.json()["choices"][0]
         except (ValueError, LookupError, TypeError) as error:
             raise EngineError(f"{self._url} answers with no completion") from error
+
+
+def _most_probable(found: Mapping[int, float], count: int) -> TopLogprobs:
+    """Return the `count` most probable tokens, without the prompt's own where it is not of them."""
+    return dict(sorted(found.items(), key=lambda item: -item[1])[:count])
 
 
 # Fields of `SamplingParams` that servers spell the same.

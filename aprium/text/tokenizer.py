@@ -121,6 +121,12 @@ class Tokenizer:
         """Return the id of `token` spelled as in the vocabulary, or None."""
         return self._backend.token_to_id(token)
 
+    def first_difference(self, other: "Tokenizer") -> int | None:
+        """Return the lowest id that is another token in `other`, None where all are the same."""
+        mine, others = self._backend.id_to_token, other._backend.id_to_token
+        count = max(self.vocab_size, other.vocab_size)
+        return next((id for id in range(count) if mine(id) != others(id)), None)
+
     def _piece(self, id: int, skip_special_tokens: bool) -> bytes:
         if skip_special_tokens and id in self.special_ids:
             return b""

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aprium.base.errors import ApriumError, CheckpointError
+from aprium.base.errors import ApriumError, CheckpointError, ConfigError
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.load import Plan, read_plan
 from aprium.checkpoint.names import parameter_of
@@ -56,11 +56,13 @@ def merge(
     *,
     window: int | None = None,
     decay: Decay = "minus-sqrt",
+    weights: Sequence[float] | None = None,
     like: str | Path | None = None,
 ) -> list[tuple[Path, float]]:
     """Write the average of the newest `window` checkpoints (None: of all) to `output`.
 
-    `directories` are checkpoints, oldest first, or runs, which stand for their `step-N`. `like` is
+    `directories` are checkpoints, oldest first, or runs, which stand for their `step-N`. `weights`,
+    one each, stand in the place of those of `decay`; they are divided by their sum. `like` is
     the exported checkpoint whose layout, dtypes and texts the result has: by default the first one
     that is exported itself, or the one the run started from or wrote. Returns what was averaged
     with which weight. Raises CheckpointError for checkpoints that are not of one model.
@@ -73,7 +75,7 @@ def merge(
         raise CheckpointError(f"{len(found)} checkpoint to average: give two or more")
     plan = read_plan(resolve(like) if like is not None else _find_like(found))
     members = [_read(path, plan) for path in found]
-    weights = decay_weights(len(found), decay)
+    shares = decay_weights(len(found), decay) if weights is None else _shares(weights, len(found))
     entries = [Entry(t.name, t.dtype, t.shape) for t in plan.tensors.values()]
     for entry in entries:
         if entry.dtype not in _AVERAGED:
@@ -86,7 +88,7 @@ def merge(
     def fetch(name: str) -> Tensor:
         entry = by_name[name]
         total = torch.zeros(entry.shape, dtype=torch.float64)
-        for member, weight in zip(members, weights, strict=True):
+        for member, weight in zip(members, shares, strict=True):
             total.add_(member(name).reshape(entry.shape).double(), alpha=weight)
         return total.to(DTYPES[entry.dtype])
 
@@ -96,7 +98,16 @@ def merge(
             write_directory(complete, entries, fetch, DEFAULT_SHARD_BYTES)
     except (OSError, shutil.Error) as error:
         raise CheckpointError(f"cannot write {output}: {error}") from error
-    return list(zip(found, weights, strict=True))
+    return list(zip(found, shares, strict=True))
+
+
+def _shares(weights: Sequence[float], count: int) -> list[float]:
+    if len(weights) != count or sum(weights) == 0:
+        raise ConfigError(
+            f"weights is {list(weights)} and there are {count} checkpoints: give one each, not all "
+            "of them 0"
+        )
+    return [weight / sum(weights) for weight in weights]
 
 
 def _checkpoints(directory: Path) -> list[Path]:

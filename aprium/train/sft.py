@@ -120,7 +120,11 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     checkpoint, or None when asked to stop before the end. Raises ConfigError, DataError or
     CheckpointError.
     """
-    config = load_toml(SftConfig, recipe, overrides)
+    return run_config(load_toml(SftConfig, recipe, overrides))
+
+
+def run_config(config: SftConfig) -> Path | None:
+    """Fine-tune as `config` says; see `run`."""
     mesh = Mesh.from_environment(config.parallel)
     try:
         return _run(config, mesh)

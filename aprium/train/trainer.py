@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -142,7 +142,8 @@ class Trainer:
     "full"; it is never changed.
     `recipe` is shown on the page.
     `before_step` is told the number of each step before it is computed.
-    `objective` stands in the place of the usual loss.
+    `objective` stands in the place of the usual loss. `more_figures` adds to those of a step that
+    is written down.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Trainer:
         recipe: str = "",
         before_step: Callable[[int], None] | None = None,
         objective: Objective = compute_losses,
+        more_figures: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         if (loss.policy.distillation == "full") != (teacher is not None):
             raise ConfigError(
@@ -175,7 +177,7 @@ class Trainer:
                 "set optim.schedule to 'wsd' and optim.decay_fraction above 0, or use 'rollback'"
             )
         self.teacher, self.objective = teacher, objective
-        self.before_step = before_step
+        self.before_step, self.more_figures = before_step, more_figures
         self.model, self.source, self.heldout = model, source, list(heldout)
         self.mesh = model.mesh
         self.output, self.optim, self.loss, self.config = output, optim, loss, config
@@ -261,6 +263,7 @@ class Trainer:
             self._recover(cause)
             return
         if due:
+            figures |= self.more_figures() if self.more_figures is not None else {}
             self._write_metrics("train", figures)
         if progress.step % config.eval_every == 0 or progress.step == self.last_step:
             if self.heldout:

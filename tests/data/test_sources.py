@@ -20,6 +20,7 @@ from aprium.data.sources import (
     ChatSource,
     DataConfig,
     Mixture,
+    SampleSource,
     SourceConfig,
     Text,
     TextSource,
@@ -99,6 +100,47 @@ def test_long_documents_are_read_side_by_side(text: Text, tmp_path: Path) -> Non
     for _, row, part in places:
         parts.setdefault(row, []).append(part)
     assert all(found == list(range(len(found))) for found in parts.values())
+
+
+def sample_source(folder: Path, text: Text, rows: list[Any], **options: Any) -> SampleSource:
+    (folder / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = SourceConfig(kind="samples", name="s", path=folder / "s.jsonl", **options)
+    data = DataConfig(sources=(config,), max_length=4)
+    return SampleSource(config, Rows([folder / "s.jsonl"]), text, data)
+
+
+def test_samples_are_what_was_written(text: Text, tmp_path: Path) -> None:
+    rows = [{"tokens": [20, 30, 40], "weights": [1, 0, 0.5], "reward": 1.0}]
+    (found,) = sample_source(tmp_path, text, rows).read(0)
+    # Nothing predicts the first token.
+    assert found == Sample(tokens=(20, 30, 40), ce_weight=(0.0, 0.0, 0.5), domain="s")
+    assert not sample_source(tmp_path, text, [{"tokens": [20, 30], "weights": [1, 0]}]).read(0)
+    long = [{"tokens": [20] * 5, "weights": [1] * 5}]
+    assert not sample_source(tmp_path, text, long, too_long="skip").read(0)
+    for row, words in (
+        (long[0], "a sample of 5 tokens is over max_length 4"),
+        ({"tokens": [20, 30], "weights": [1]}, "two lists of one length"),
+        ({"text": "x"}, "two lists of one length"),
+        ({"tokens": [20, 9999], "weights": [0, 1]}, "token 9999 is none of the"),
+        ({"tokens": [20, True], "weights": [0, 1]}, "token True is none of the"),
+        ({"tokens": [20, 30], "weights": [0, "1"]}, "weights must be numbers"),
+        ({"tokens": [20, 30], "weights": [0, float("nan")]}, "weights must be numbers"),
+    ):
+        with pytest.raises(DataError, match=words):
+            sample_source(tmp_path, text, [row]).read(0)
+    with pytest.raises(DataError, match="learn means nothing for kind 'samples'"):
+        SourceConfig(kind="samples", name="s", path=tmp_path / "s.jsonl", learn="last")
+
+
+def test_samples_are_drawn_like_any_other_source(text: Text, tmp_path: Path) -> None:
+    rows = [{"tokens": [20, 30 + i], "weights": [0, 1]} for i in range(4)]
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "s.jsonl"
+    source = SourceConfig(kind="samples", name="s", path=path, heldout=path)
+    config = DataConfig(sources=(source,), max_length=4)
+    mixture = Mixture(config, text)
+    assert {mixture.draw()[1].tokens[1] for _ in range(4)} == {30, 31, 32, 33}
+    assert len(heldout_samples(config, text)) == 4
 
 
 CHAT = [

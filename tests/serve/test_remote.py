@@ -61,6 +61,52 @@ def test_over_our_own_server_it_is_what_the_engine_said(directory: Path) -> None
     asyncio.run(run())
 
 
+def test_scores_come_with_the_most_probable_tokens_and_texts_with_their_ids(
+    directory: Path,
+) -> None:
+    engine = FakeEngine(directory)
+    app = create_app(engine, ServeConfig(names=("toy",)))  # type: ignore[arg-type]
+
+    async def run() -> None:
+        transport = httpx2.ASGITransport(app=app)
+        async with RemotePolicy("http://127.0.0.1/v1/", "toy", transport=transport) as policy:
+            assert await policy.tokenize("hello there") == engine.tokenizer.encode("hello there")
+
+    asyncio.run(run())
+
+    def row(*pairs: tuple[int, float]) -> dict[str, Any]:
+        return {str(id): {"logprob": value, "rank": 1} for id, value in pairs}
+
+    # The second token is none of the two most probable ones, and comes beside them.
+    rows = [None, row((7, -1.0), (8, -2.0), (2, -9.0)), row((3, -0.1), (4, -3.0))]
+    found = ask_top({"choices": [{"text": "", "prompt_logprobs": rows}]})
+    assert found == ([None, -9.0, -0.1], [{}, {7: -1.0, 8: -2.0}, {3: -0.1, 4: -3.0}])
+    for bad in (None, rows[:2], [None, {}, row((3, -0.1))], [None, {"x": {}}, rows[2]]):
+        with pytest.raises(EngineError, match="must honour prompt_logprobs"):
+            ask_top({"choices": [{"text": "", "prompt_logprobs": bad}]})
+
+
+def ask_top(body: Any) -> Any:
+    async def run() -> Any:
+        async with RemotePolicy("http://there", "m", transport=answering(body)) as policy:
+            return await policy.score_top([1, 2, 3], 2)
+
+    return asyncio.run(run())
+
+
+def test_a_server_that_does_not_tokenize_says_nothing() -> None:
+    async def run(status: int, body: Any) -> Any:
+        transport = answering(body, status)
+        async with RemotePolicy("http://there", "m", transport=transport) as policy:
+            return await policy.tokenize("plum")
+
+    assert asyncio.run(run(404, {"detail": "Not Found"})) is None
+    assert asyncio.run(run(501, {})) is None
+    assert asyncio.run(run(200, {"tokens": [3, 4]})) == [3, 4]
+    with pytest.raises(EngineError, match="answers 503"):
+        asyncio.run(run(503, {}))
+
+
 def test_only_what_was_set_is_sent() -> None:
     seen: list[Any] = []
     choice = {"token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}, "text": "a"}

@@ -63,6 +63,14 @@ def test_end_tokens_are_the_union(tokenizer: Tokenizer, tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_vocabularies_are_compared_token_by_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert tokenizer.first_difference(tokenizer) is None
+    family.write_tokenizer(tmp_path, vocab_size=tokenizer.vocab_size - 3)
+    shorter = Tokenizer.load(tmp_path)
+    assert tokenizer.first_difference(shorter) == shorter.vocab_size
+    assert shorter.first_difference(tokenizer) == shorter.vocab_size
+
+
 def test_a_lone_surrogate_is_replaced(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
 

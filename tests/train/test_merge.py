@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from aprium.base.errors import CheckpointError
+from aprium.base.errors import CheckpointError, ConfigError
 from aprium.checkpoint.load import load_checkpoint
 from aprium.checkpoint.save import save_checkpoint
 from aprium.model.model import HybridModel
@@ -65,6 +65,22 @@ def test_exported_checkpoints(tmp_path: Path, decay: Decay) -> None:
         assert torch.allclose(value.double(), mean(found, name, decay), atol=1e-6), name
     newest = merge(paths, tmp_path / "two", window=2, decay=decay)
     assert [path for path, _ in newest] == paths[1:]
+
+
+def test_weights_may_be_given(tmp_path: Path) -> None:
+    found = models(3)
+    paths = [tmp_path / str(i) for i in range(3)]
+    for model, path in zip(found, paths, strict=True):
+        save_checkpoint(model, path)
+    shares = [weight for _, weight in merge(paths, tmp_path / "all", weights=[3, 1, 0])]
+    assert shares == [0.75, 0.25, 0.0]
+    name = "backbone.layers.0.norm.weight"
+    values = [m.get_parameter(name).double() for m in found]
+    merged = load_checkpoint(tmp_path / "all").model.get_parameter(name).double()
+    torch.testing.assert_close(merged, 0.75 * values[0] + 0.25 * values[1], atol=1e-6, rtol=1e-6)
+    for weights in ([1, 2], [1, -1, 0]):
+        with pytest.raises(ConfigError, match="give one each, not all"):
+            merge(paths, tmp_path / "more", weights=weights)
 
 
 def test_a_run_and_its_layout(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""What a model writes on tasks, played for others to learn from or to be measured on.
+
+The tokens are those that the model chose, never decoded and encoded again. Which tasks are played
+follows from a seed of their own, so that they are not the first that reinforcement learning sees.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from aprium.base.errors import CheckpointError, TaskError
+from aprium.base.files import write_durably
+from aprium.base.policy import Policy
+from aprium.base.records import Trajectory
+from aprium.checkpoint.hub import resolve
+from aprium.engine.client import AsyncEngine
+from aprium.engine.config import EngineConfig
+from aprium.engine.policy import EnginePolicy
+from aprium.envs.dialogue import ChatFormat
+from aprium.rl.evaluate import chat_format
+from aprium.rl.ledger import Item
+from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts
+from aprium.rl.teachers import RemoteConfig
+from aprium.serve.remote import RemotePolicy
+from aprium.text.chat import ChatTemplate
+from aprium.text.tokenizer import Tokenizer
+
+
+async def play(
+    policy: Policy,
+    chat: ChatFormat,
+    domains: Sequence[DomainConfig],
+    rollout: RolloutConfig,
+    count: int,
+) -> list[Trajectory]:
+    """Let `policy` play `count` tasks of each domain once; those that failed are left out."""
+    rollouts = Rollouts(domains, replace(rollout, group_size=1), policy, chat)
+    items = [
+        Item(number=i * count + index, domain=domain.name, index=index)
+        for i, domain in enumerate(domains)
+        for index in range(count)
+    ]
+    groups = await asyncio.gather(*map(rollouts.play, items))
+    return [t for group in groups for t in group.trajectories if t.error is None]
+
+
+def play_checkpoint(
+    checkpoint: str | Path,
+    domains: Sequence[DomainConfig],
+    rollout: RolloutConfig,
+    count: int,
+    *,
+    max_num_seqs: int = 128,
+) -> list[Trajectory]:
+    """Let a checkpoint play (see `play`); not from a coroutine.
+
+    Raises CheckpointError, TaskError.
+    """
+    config = EngineConfig(
+        model=str(resolve(checkpoint)),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=2048,
+        max_model_len=rollout.episode_tokens,
+    )
+    engine = AsyncEngine(config)
+
+    async def run() -> list[Trajectory]:
+        try:
+            return await play(EnginePolicy(engine), chat_format(engine), domains, rollout, count)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def play_remote(
+    remote: RemoteConfig,
+    student: str | Path,
+    domains: Sequence[DomainConfig],
+    rollout: RolloutConfig,
+    count: int,
+) -> list[Trajectory]:
+    """Let a model on a server play, in the words of the student's tokenizer and template."""
+    path = resolve(student)
+    chat = ChatFormat(tokenizer=Tokenizer.load(path), template=ChatTemplate.load(path))
+    key = os.environ.get(remote.key_variable or "")
+
+    async def run() -> list[Trajectory]:
+        async with RemotePolicy(remote.url, remote.model, key=key) as policy:
+            return await play(policy, chat, domains, rollout, count)
+
+    return asyncio.run(run())
+
+
+def write_samples(
+    trajectories: Iterable[Trajectory], file: Path, *, min_reward: float | None
+) -> dict[str, Any]:
+    """Write episodes as rows of a source of kind "samples", and return how many and how good.
+
+    What the model did not write is not learnt. Raises TaskError where none has `min_reward`,
+    CheckpointError where the file cannot be written.
+    """
+    played = list(trajectories)
+    kept = [t for t in played if min_reward is None or t.reward >= min_reward]
+    kept = [t for t in kept if any(t.sampled)]
+    if not kept:
+        raise TaskError(
+            f"of {len(played)} episodes of {file.stem} that its teacher played none has a reward "
+            f"of {min_reward}: play more (rollouts), or ask for less (min_reward)"
+        )
+    rows = [
+        {"tokens": t.tokens, "weights": [float(s) for s in t.sampled], "reward": t.reward}
+        for t in kept
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(file, text.encode())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be written: {error.strerror or error}") from error
+    return {
+        "played": len(played),
+        "kept": len(kept),
+        "reward": sum(t.reward for t in played) / len(played),
+        "tokens": sum(sum(t.sampled) for t in kept),
+    }

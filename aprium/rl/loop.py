@@ -1,0 +1,389 @@
+"""Reinforcement learning from a recipe: the model plays, is graded, and learns of it, step by step.
+
+The trainer is that of every other stage. Its source of batches is a `Learner`, which plays the
+policy's part in a thread of its own: it gives an engine the weights of each step, lets a pipeline
+play and credit groups of episodes (with teachers where domains name them), and hands on a batch
+when it is due. Under `output`, beside what every run has, are `ledger.jsonl` (see `rl/ledger.py`)
+and `evaluation.json`. The same recipe and output continue a run that was stopped or killed.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from aprium.base.config import from_dict, load_toml
+from aprium.base.errors import ConfigError
+from aprium.base.log import get_logger
+from aprium.base.records import Group, Sample
+from aprium.checkpoint.hub import resolve
+from aprium.engine.client import AsyncEngine
+from aprium.engine.config import EngineConfig
+from aprium.engine.policy import EnginePolicy
+from aprium.model.model import HybridModel
+from aprium.parallel.mesh import require_one_process
+from aprium.rl.credit import CreditConfig, Credited, credit
+from aprium.rl.evaluate import (
+    EvaluateConfig,
+    Evaluation,
+    as_figures,
+    chat_format,
+    constant_baselines,
+)
+from aprium.rl.figures import Tally
+from aprium.rl.ledger import Item, Ledger, Scores
+from aprium.rl.pipeline import Pipeline, PipelineConfig, Played, Stages
+from aprium.rl.rollout import Deal, DomainConfig, RolloutConfig, Rollouts
+from aprium.rl.teachers import Teachers, TeachersConfig, load_models
+from aprium.rl.weights import Weights
+from aprium.train import checkpoint, lora
+from aprium.train.lora import LoraConfig
+from aprium.train.losses import LossConfig
+from aprium.train.metrics import MetricsFile
+from aprium.train.optim import OptimConfig
+from aprium.train.pretrain import export, write_json, write_recipe
+from aprium.train.sft import open_model, read_text
+from aprium.train.trainer import Trainer, TrainerConfig
+
+log = get_logger("rl")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlConfig:
+    """A recipe.
+
+    `checkpoint` is a directory, a hub id or pico. `engine` has fields of `EngineConfig` for the
+    engine that plays, such as `max_num_seqs` or `speculative`. `optimizer` "adamw" trains
+    everything with `optim.lr`, "muon" matrices with `optim.muon_lr`. `lora` trains adapters beside
+    the weights, which may then be quantised. `teachers` score the episodes of domains that name
+    one. Paths are relative to the working directory.
+    """
+
+    output: Path
+    domains: tuple[DomainConfig, ...]
+    trainer: TrainerConfig
+    checkpoint: str = "pico"
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    loss: LossConfig = field(default_factory=lambda: LossConfig(mtp_weight=0.0, bias_rate=0.0))
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-5, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0
+        )
+    )
+    evaluate: EvaluateConfig | None = field(default_factory=EvaluateConfig)
+    engine: dict[str, Any] = field(default_factory=dict)
+    lora: LoraConfig | None = None
+    teachers: TeachersConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there is something to play, and that teachers say what is asked of them."""
+        if not self.domains:
+            raise ConfigError("domains is empty: name at least one")
+        form, teachers = self.loss.policy.distillation, self.teachers
+        if form == "full" and teachers is None:
+            raise ConfigError(
+                "loss.policy.distillation is 'full', which compares whole vocabularies with those "
+                "of teachers in this process: add a [teachers] table"
+            )
+        if form == "top_k" and (teachers is None or not teachers.top):
+            raise ConfigError(
+                "loss.policy.distillation is 'top_k': say of how many tokens with teachers.top"
+            )
+        if teachers is None and (self.credit.kl_weight or any(self.credit.kl_weights.values())):
+            raise ConfigError(
+                "credit.kl_weight or kl_weights ask for teachers and there are none: add a "
+                "[teachers] table, or set them to 0"
+            )
+
+
+def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path | None:
+    """Train by the TOML file `recipe`, continuing where an earlier run of it stopped.
+
+    `overrides` maps dotted keys ("trainer.steps") to values. Returns the directory of the exported
+    checkpoint, or None when asked to stop before the end. Raises ConfigError, TaskError, DataError
+    or CheckpointError.
+    """
+    return run_config(load_toml(RlConfig, recipe, overrides))
+
+
+def run_config(config: RlConfig) -> Path | None:
+    """Train as `config` says; see `run`."""
+    require_one_process("aprium rl")
+    path = resolve(config.checkpoint)
+    engine = _engine_config(config, path)
+    text = read_text(path)
+    model = open_model(path, text, context=config.rollout.episode_tokens, frozen=bool(config.lora))
+    adapter = lora.attach(model, config.lora) if config.lora is not None else None
+    recipe = write_recipe(config, config.output)
+    learner = Learner(config, engine, Weights(model, adapter), path)
+    optim = config.optim if config.optimizer == "muon" else replace(config.optim, muon_lr=None)
+    try:
+        trainer = Trainer(
+            model,
+            learner,
+            [],
+            output=config.output,
+            optim=optim,
+            loss=config.loss,
+            config=config.trainer,
+            teacher=_load_teachers(config, path),
+            recipe=recipe,
+            before_step=adapter.begin if adapter is not None else None,
+            more_figures=learner.figures,
+        )
+        if not trainer.run():
+            log.info("stopped at step %d: the same command continues", trainer.progress.step)
+            return None
+        learner.finish()
+    finally:
+        learner.close()
+    if adapter is not None:
+        lora.save(adapter, config.output / "adapter", base=config.checkpoint)
+        return config.output / "adapter"
+    return export(model, path, config.output / "model")
+
+
+class Learner:
+    """A source of batches that the weights themselves write; see `BatchSource`.
+
+    What it starts, a thread and an engine, it starts when the first batch is asked for.
+    """
+
+    def __init__(
+        self, config: RlConfig, engine: EngineConfig, weights: Weights, path: Path
+    ) -> None:
+        self._config, self._engine, self._weights, self._path = config, engine, weights, path
+        self._evaluation = Evaluation(config.domains, config.evaluate) if config.evaluate else None
+        self._step = 0  # of the batch to come
+        self._tally = Tally()
+        self._metrics = MetricsFile(config.output)
+        self._pushed: int | None = None
+        self._player: _Player | None = None
+
+    def next_batch(self) -> Sequence[Sample]:
+        """Return the samples of the next step, when they are there."""
+        begun = time.perf_counter()
+        player = self._play()
+        played = player.call(self._next(player))
+        self._tally.add(played, time.perf_counter() - begun)
+        self._step += 1
+        return [sample for one in played for sample in one.learnt.samples]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of the next step; the rest is in the ledger."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the batch of a step."""
+        self._step = state["step"]
+
+    def figures(self) -> dict[str, Any]:
+        """Return what was played since the last call."""
+        return self._tally.take()
+
+    def finish(self) -> None:
+        """Evaluate the weights at the end of the run, and write what was found."""
+        if self._evaluation is None:
+            return
+        player = self._play()
+        player.call(self._evaluate(player, self._step))
+        rows = self._metrics.read("accuracy")
+        found: dict[str, Any] = {"before": rows[0], "after": rows[-1]}
+        assert self._config.evaluate is not None
+        if self._config.evaluate.constants:
+            count = self._config.evaluate.constants
+            found["constant"] = constant_baselines(self._config.domains, count)
+        write_json(self._config.output / "evaluation.json", found)
+        log.info(
+            "held-out accuracy: %.3f before, %.3f after", rows[0]["accuracy"], rows[-1]["accuracy"]
+        )
+
+    def close(self) -> None:
+        """Stop everything that was started."""
+        if self._player is not None:
+            self._player.close()
+            self._player = None
+
+    def _play(self) -> "_Player":
+        if self._player is None:
+            self._player = _Player(self._config, self._engine, self._weights, self._path)
+            self._pushed = None if self._step else 0  # it begins with these weights, as version 0
+        return self._player
+
+    async def _next(self, player: "_Player") -> list[Played]:
+        step, config = self._step, self._config.evaluate
+        kept = checkpoint.complete(self._config.output)
+        if kept:
+            player.ledger.compact(int(kept[0].name.removeprefix("step-")))
+        if config is not None and (not step or (config.every and step % config.every == 0)):
+            await self._evaluate(player, step)
+        if step not in player.ledger.batches:
+            await self._push(player, step)
+        return await player.pipeline.next_batch(step)
+
+    async def _push(self, player: "_Player", step: int) -> None:
+        if self._pushed != step:
+            await self._weights.push(player.engine, step)
+            self._pushed = step
+
+    async def _evaluate(self, player: "_Player", step: int) -> None:
+        """Evaluate the weights of `step`, unless that was done."""
+        assert self._evaluation is not None
+        if any(row["step"] == step for row in self._metrics.read("accuracy")):
+            return
+        await self._push(player, step)
+        found = await self._evaluation(EnginePolicy(player.engine, priority=-1), player.chat)
+        self._metrics.append("accuracy", {"step": step} | as_figures(found))
+        for name, one in found.items():
+            log.info("step %d: %s %.3f +- %.3f", step, name, one.accuracy, one.standard_error)
+
+
+class _Player:
+    """The thread in which episodes are played, with its event loop, engine, books and pipeline."""
+
+    def __init__(
+        self, config: RlConfig, engine: EngineConfig, weights: Weights, path: Path
+    ) -> None:
+        with contextlib.ExitStack() as undone:
+            self.ledger = Ledger(config.output)
+            undone.callback(self.ledger.close)
+            self._teachers = _open_teachers(config, path)
+            self.engine = AsyncEngine(engine, weights.checkpoint(path))
+            undone.callback(lambda: asyncio.run(self.engine.close()))
+            self.chat = chat_format(self.engine)
+            policy = EnginePolicy(self.engine)
+            self._rollouts = Rollouts(config.domains, config.rollout, policy, self.chat)
+            self._credit = config.credit
+            self._full = config.loss.policy.distillation == "full"
+            shares = {domain.name: domain.weight for domain in config.domains}
+            stages = Stages(
+                generate=self._generate,
+                credit=self._learn,
+                score=self._score if self._teachers is not None else None,
+            )
+            self.pipeline = Pipeline(stages, Deal(shares), self.ledger, config.pipeline)
+            undone.pop_all()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="aprium-rl")
+        self._thread.start()
+
+    async def _generate(self, item: Item) -> Group:
+        group = await self._rollouts.play(item)
+        if self.engine.failed is not None:  # which looks like a failure of every episode
+            raise self.engine.failed
+        return group
+
+    async def _score(self, group: Group) -> Scores:
+        assert self._teachers is not None
+        return tuple(await asyncio.gather(*map(self._teachers.score, group.trajectories)))
+
+    async def _learn(self, group: Group, scores: Scores) -> Credited:
+        if self._full:
+            return learn_whole(group, self._credit)
+        return learn(group, self._credit, scores)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` in the thread, and return what it returns."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def close(self) -> None:
+        """Stop episodes, teachers, engine and thread."""
+        try:
+            self.call(self._close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+            self.ledger.close()
+
+    async def _close(self) -> None:
+        await self.pipeline.close()
+        if self._teachers is not None:
+            await self._teachers.close()
+        await self.engine.close()
+
+
+def learn(group: Group, config: CreditConfig, scores: Scores) -> Credited:
+    """Return the samples of a group; an episode that its teacher failed to score gives none.
+
+    So a server that is down for a while costs some episodes, and not the run.
+    """
+    domains = {trajectory.domain for trajectory in group.trajectories}
+    if not any(config.kl_weights.get(domain, config.kl_weight) for domain in domains):
+        return credit(group, config, scores)
+    pairs = zip(group.trajectories, scores, strict=True)
+    kept = [(one, said) for one, said in pairs if said is not None or one.error is not None]
+    found = credit(
+        Group(task=group.task, trajectories=tuple(one for one, _ in kept)),
+        config,
+        tuple(said for _, said in kept),
+    )
+    unscored = float(len(scores) - len(kept))
+    return replace(found, figures={**found.figures, "unscored": unscored})
+
+
+def learn_whole(group: Group, config: CreditConfig) -> Credited:
+    """Return the samples of a group whose teachers the trainer itself asks, about every token."""
+    found = credit(group, replace(config, kl_weight=0.0, kl_weights={}))
+    samples = []
+    for sample in found.samples:
+        weight = config.kl_weights.get(sample.domain, config.kl_weight)
+        weights = tuple(weight if counts else 0.0 for counts in sample.rl_weight)
+        samples.append(replace(sample, kl_weight=weights))
+    return replace(found, samples=tuple(samples))
+
+
+def _load_teachers(config: RlConfig, path: Path) -> dict[str, HybridModel] | None:
+    """Return the teachers for the trainer to ask, where the form of distillation is theirs."""
+    if config.loss.policy.distillation != "full":
+        return None
+    assert config.teachers is not None
+    routes = {domain.name: domain.teacher for domain in config.domains}
+    return load_models(config.teachers, path, routes)
+
+
+def _open_teachers(config: RlConfig, path: Path) -> Teachers | None:
+    """Return who scores episodes; raises ConfigError for a domain that lacks a teacher."""
+    if config.loss.policy.distillation == "full":
+        return None  # the trainer has them
+    routes = {domain.name: domain.teacher for domain in config.domains}
+    if config.teachers is not None:
+        teachers = Teachers(config.teachers, student=path, routes=routes)
+        for name in routes:
+            weight = config.credit.kl_weights.get(name, config.credit.kl_weight)
+            if weight and teachers.teacher_of(name) is None:
+                raise ConfigError(
+                    f"credit.kl_weight of domain {name!r} is {weight:g} and it has no teacher: "
+                    "name one in the domain, give teachers.default, or set its weight to 0 in "
+                    "credit.kl_weights"
+                )
+        return teachers
+    for name, teacher in routes.items():
+        if teacher is not None:
+            raise ConfigError(
+                f"domain {name!r} has teacher {teacher!r} and there are no teachers: add a "
+                "[teachers] table, or leave it out"
+            )
+    return None
+
+
+def _engine_config(config: RlConfig, path: Path) -> EngineConfig:
+    episodes = config.pipeline.groups_per_step * config.rollout.group_size
+    longest = max(
+        config.rollout.episode_tokens, config.evaluate.episode_tokens if config.evaluate else 0
+    )
+    usual = {
+        "max_num_seqs": min(max(episodes, 32), 256),
+        "max_num_batched_tokens": 2048,
+        "max_model_len": longest,
+    }
+    return from_dict(EngineConfig, {"model": str(path), **usual, **config.engine}, where="engine")

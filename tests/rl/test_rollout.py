@@ -1,0 +1,196 @@
+"""Rollouts: which item is what, episodes that begin alike, and weights that change under way."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aprium.base.errors import ConfigError, RequestError
+from aprium.base.records import Group, SamplingParams
+from aprium.checkpoint.hub import PICO_DIR
+from aprium.engine.client import AsyncEngine
+from aprium.engine.config import EngineConfig
+from aprium.engine.policy import EnginePolicy
+from aprium.engine.speculative import SpeculativeConfig
+from aprium.envs.dialogue import ChatFormat
+from aprium.rl.evaluate import chat_format
+from aprium.rl.ledger import Item
+from aprium.rl.rollout import Deal, DomainConfig, RolloutConfig, Rollouts, forked
+from aprium.rl.weights import Weights
+from aprium.train.sft import open_model, read_text
+
+ADD = DomainConfig(name="add", family="exercises", options={"families": ["add"]}, max_tokens=24)
+TOOLS = DomainConfig(name="tools", family="tool-use", thinking=False)
+CONFIG = RolloutConfig(group_size=5, max_tokens=24, episode_tokens=160, max_turns=3)
+
+
+@pytest.fixture
+def weights() -> Weights:
+    return Weights(open_model(PICO_DIR, read_text(PICO_DIR)))
+
+
+def make_engine(weights: Weights, **options) -> AsyncEngine:
+    return AsyncEngine(
+        EngineConfig(model="pico", max_model_len=1024, **options), weights.checkpoint(PICO_DIR)
+    )
+
+
+@pytest.fixture
+def engine(weights: Weights) -> Iterator[AsyncEngine]:
+    engine = make_engine(weights)
+    yield engine
+    asyncio.run(engine.close())
+
+
+def play(engine: AsyncEngine, items: list[Item], *domains: DomainConfig) -> list[Group]:
+    rollouts = Rollouts(domains or (ADD,), CONFIG, EnginePolicy(engine), chat_format(engine))
+
+    async def go() -> list[Group]:
+        return list(await asyncio.gather(*map(rollouts.play, items)))
+
+    return asyncio.run(go())
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.floats(0.05, 1.0), min_size=1),
+    st.integers(0, 60),
+)
+def test_domains_have_their_shares_of_any_beginning(weights: dict[str, float], count: int) -> None:
+    deal = Deal(weights)
+    items = [deal(number) for number in range(count)]
+    total = sum(weights.values())
+    for name, weight in weights.items():
+        mine = [item.index for item in items if item.domain == name]
+        assert abs(len(mine) - count * weight / total) < len(weights)
+        assert mine == list(range(len(mine)))
+    assert [Deal(weights)(item.number) for item in reversed(items)] == items[::-1]
+
+
+def test_without_a_weight_there_is_nothing_to_deal() -> None:
+    with pytest.raises(ConfigError, match="no domain has a weight"):
+        Deal({"a": 0.0})
+
+
+def test_an_item_is_played_the_same_again_and_its_episodes_differ(engine: AsyncEngine) -> None:
+    items = [Item(number=n, domain="add", index=n) for n in range(3)]
+    first = play(engine, items)
+    again = play(engine, items[1:2])  # alone: what it is batched with does not matter
+    assert again == first[1:2]
+    for group in first:
+        assert len(group.trajectories) == 5 and all(t.error is None for t in group.trajectories)
+        prompts = {tuple(t.tokens[: t.sampled.index(True)]) for t in group.trajectories}
+        assert len(prompts) == 1
+    texts = {t.tokens for group in first for t in group.trajectories}
+    assert len(texts) > 6
+    assert len({group.task for group in first}) == 3
+
+
+def test_the_first_prompt_of_a_group_is_read_once(engine: AsyncEngine) -> None:
+    (group,) = play(engine, [Item(number=0, domain="add", index=0)])
+    prompt = group.trajectories[0].sampled.index(True)
+    assert engine.stats().prefix_tokens_reused == 4 * (prompt - 1)
+
+
+def test_episodes_of_many_turns_part_after_the_first(engine: AsyncEngine) -> None:
+    (group,) = play(engine, [Item(number=0, domain="tools", index=1)], TOOLS)
+    assert all(t.error is None for t in group.trajectories), group.trajectories[0].error
+
+
+def test_drafts_change_no_token(weights: Weights, engine: AsyncEngine) -> None:
+    items = [Item(number=n, domain="add", index=n) for n in range(2)]
+    drafting = make_engine(
+        weights, speculative=SpeculativeConfig(method="mtp", num_speculative_tokens=2)
+    )
+    try:
+        drafted = play(drafting, items)
+        assert sum(drafting.stats().drafts_compared) > 0
+    finally:
+        asyncio.run(drafting.close())
+    plain = play(engine, items)
+    # Drafts are off under temperature unless they are sampled in the same way: same bits.
+    assert drafted == plain
+
+
+def test_a_fork_answers_as_the_policy_does(engine: AsyncEngine) -> None:
+    prompt = engine.tokenizer.encode("What is 2 + 2?")
+    params = SamplingParams(max_tokens=6, seed=1)
+
+    async def go() -> None:
+        policy = EnginePolicy(engine)
+        async with forked(policy, 3, seed=1) as forks:
+            first, other = await asyncio.gather(
+                forks[0].complete(prompt, params), forks[2].complete(prompt[:-1], params)
+            )
+            assert first.prompt_tokens == tuple(prompt)
+            assert other.prompt_tokens == tuple(prompt[:-1])  # it had another prompt
+            again = await forks[0].complete((*prompt, *first.tokens), params)
+            assert again.prompt_tokens == (*prompt, *first.tokens)
+            assert await forks[1].score(prompt) == await policy.score(prompt)
+        async with forked(policy, 2, seed=1) as forks:
+            answers = [fork.complete((), params) for fork in forks]
+            for error in await asyncio.gather(*answers, return_exceptions=True):
+                assert isinstance(error, RequestError)
+        assert engine.stats().num_running == 0
+
+    asyncio.run(go())
+
+
+def test_new_weights_go_into_running_episodes_and_spans_say_so(weights: Weights) -> None:
+    """Tokens after a push come from the new weights, those before from the old."""
+    engine = make_engine(weights)
+    long = DomainConfig(name="add", family="exercises", options={"families": ["add"]})
+    config = RolloutConfig(group_size=2, max_tokens=400, episode_tokens=600, temperature=5.0)
+    rollouts = Rollouts([long], config, EnginePolicy(engine), chat_format(engine))
+
+    async def go() -> Group:
+        task = asyncio.create_task(rollouts.play(Item(number=0, domain="add", index=0)))
+        while engine.stats().generated_tokens < 20:
+            await asyncio.sleep(0.001)
+        with torch.no_grad():
+            for parameter in weights._parameters.values():
+                parameter.mul_(1.01)
+        await weights.push(engine, 7)
+        group = await task
+        await engine.close()
+        return group
+
+    group = asyncio.run(go())
+    versions = Counter()
+    for trajectory in group.trajectories:
+        assert trajectory.error is None
+        assert [version for version, _ in trajectory.weight_spans] in ([0], [0, 7])
+        versions.update(dict(trajectory.weight_spans))
+    assert versions[0] > 0 and versions[7] > 0
+    _check_versions(group, weights)
+
+
+def _check_versions(group: Group, weights: Weights) -> None:
+    """Score the tokens of the first version with the old weights."""
+    old = Weights(open_model(PICO_DIR, read_text(PICO_DIR)))
+    engine = make_engine(old)
+    chat_format(engine)
+
+    async def go() -> None:
+        policy = EnginePolicy(engine)
+        for trajectory in group.trajectories:
+            scores = await policy.score(trajectory.tokens)
+            places = [t for t, sampled in enumerate(trajectory.sampled) if sampled]
+            count = trajectory.weight_spans[0][1]
+            for t in places[:count]:
+                assert trajectory.logprobs[t] == pytest.approx(scores[t], abs=1e-5)
+            if len(trajectory.weight_spans) == 2:
+                assert any(
+                    abs(trajectory.logprobs[t] - (scores[t] or 0)) > 1e-4 for t in places[count:]
+                )
+        await engine.close()
+
+    asyncio.run(go())
+
+
+def test_two_domains_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two domains have one name"):
+        Rollouts([ADD, ADD], CONFIG, None, ChatFormat(tokenizer=None, template=None))
