@@ -10,6 +10,7 @@ from aprium.base.errors import TaskError
 from aprium.envs.abstention import Abstention
 from aprium.envs.choice import MultipleChoice
 from aprium.envs.coding import Coding
+from aprium.envs.drills import Drills
 from aprium.envs.exercises import Exercises
 from aprium.envs.family import Family
 from aprium.envs.gym_client import GymRows
@@ -40,6 +41,9 @@ class Entry:
 
 ENVIRONMENTS: dict[str, Entry] = {
     "exercises": Entry(family=Exercises, words="what pico learns: letters, digits, a tool"),
+    "drills": Entry(
+        family=Drills, words="one small skill with digits or letters, answered in a few tokens"
+    ),
     "spell-backward": Entry(
         family=ReasoningGym,
         parameters={"datasets": ["spell_backward"], "compact": True},

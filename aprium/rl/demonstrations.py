@@ -1,6 +1,6 @@
-"""What a model writes on tasks, played for others to learn from or to be measured on.
+"""What is written on tasks for others to learn from: by a model, or their own solutions.
 
-The tokens are those that the model chose, never decoded and encoded again. Which tasks are played
+The tokens are those that a model chose, never decoded and encoded again. Which tasks are played
 follows from a seed of their own, so that they are not the first that reinforcement learning sees.
 """
 
@@ -15,12 +15,14 @@ from typing import Any
 from aprium.base.errors import CheckpointError, TaskError
 from aprium.base.files import write_durably
 from aprium.base.policy import Policy
-from aprium.base.records import Trajectory
+from aprium.base.records import Sample, Trajectory
 from aprium.checkpoint.hub import resolve
+from aprium.data.conversation import Style, conversation
 from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
 from aprium.engine.policy import EnginePolicy
 from aprium.envs.dialogue import ChatFormat
+from aprium.envs.family import take
 from aprium.rl.evaluate import chat_format
 from aprium.rl.ledger import Item
 from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts
@@ -96,6 +98,37 @@ def play_remote(
     return asyncio.run(run())
 
 
+def solve(student: str | Path, domain: DomainConfig, seed: int, count: int) -> list[Sample]:
+    """Return `count` tasks of `domain` with their own solutions, as the student is shown them.
+
+    Raises TaskError where a task comes without one, or asks for more than a reply.
+    """
+    path, family = resolve(student), domain.make()
+    tokenizer, template = Tokenizer.load(path), ChatTemplate.load(path)
+    found = []
+    for index in range(count):
+        task = take(family, index, seed=seed)
+        if len(task.solution) != 1:
+            raise TaskError(
+                f"{task.id} has {len(task.solution)} turns as its solution: only domains whose "
+                "tasks are solved in one can be learnt from solutions, name a teacher"
+            )
+        found += conversation(
+            [*task.messages, *task.solution],
+            tokenizer,
+            template,
+            domain.name,
+            tools=task.tools,
+            style=Style(thinking=domain.thinking),
+        )
+    return found
+
+
+def write_solutions(samples: Iterable[Sample], file: Path) -> None:
+    """Write samples as rows of a source of kind "samples"; raises CheckpointError."""
+    _write(({"tokens": s.tokens, "weights": s.ce_weight} for s in samples), file)
+
+
 def write_samples(
     trajectories: Iterable[Trajectory], file: Path, *, min_reward: float | None
 ) -> dict[str, Any]:
@@ -116,15 +149,19 @@ def write_samples(
         {"tokens": t.tokens, "weights": [float(s) for s in t.sampled], "reward": t.reward}
         for t in kept
     ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(file, text.encode())
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be written: {error.strerror or error}") from error
+    _write(rows, file)
     return {
         "played": len(played),
         "kept": len(kept),
         "reward": sum(t.reward for t in played) / len(played),
         "tokens": sum(sum(t.sampled) for t in kept),
     }
+
+
+def _write(rows: Iterable[dict[str, Any]], file: Path) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(file, text.encode())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be written: {error.strerror or error}") from error

@@ -27,6 +27,7 @@ from aprium.rl.support import SupportConfig
 from aprium.rl.teachers import SELF, RemoteConfig
 
 Kind = Literal["sft", "warmup", "rl", "mopd", "merge"]
+SOLUTIONS = "solutions"  # those of the tasks themselves, in a teacher's place
 START = "start"  # the recipe's checkpoint, where figures of nodes name it
 
 
@@ -39,8 +40,8 @@ class NodeConfig:
     distils `teachers` on the student's own rollouts; "merge" averages the weights of `members`, by
     `weights` (none: equally). `parent` is the node, checkpoint or hub id to start from (none: the
     recipe's). `domains` are the recipe's that it works on (none: all of them). `teachers` names one
-    for a domain: a node, a checkpoint, a key of the recipe's `[remotes]`, or "self"; `default` is
-    for domains without one. Of each domain with a teacher, `rollouts` tasks are played by it for
+    for a domain: a node, a checkpoint, a key of the recipe's `[remotes]`, "self", or, to be learnt
+    from, "solutions", the tasks' own; `default` is for domains without one. Of each domain with a teacher, `rollouts` tasks are played by it for
     "sft" and "warmup", and episodes with a reward of at least `min_reward` learnt (none: all).
     `when` "needed" measures the support of all teachers first, learns only domains where it is not
     enough, and passes the parent on where there are none. `adapt` lets the support measured choose
@@ -256,15 +257,16 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 def _check_node(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:
     """Raise ConfigError for what `node` asks in vain, or names that is not there."""
     where = f"nodes.{name}"
-    if not name.replace("-", "").replace("_", "").isalnum() or name in (SELF, START):
+    if not name.replace("-", "").replace("_", "").isalnum() or name in (SELF, START, SOLUTIONS):
         raise ConfigError(
-            f"[{where}]: a name has letters, digits, - and _, and is neither {SELF!r} nor {START!r}"
+            f"[{where}]: a name has letters, digits, - and _, and is none of {SELF!r}, {START!r} "
+            f"and {SOLUTIONS!r}"
         )
     unused = NodeConfig(kind=node.kind)
     for key in {key for keys in _FIELDS.values() for key in keys} - {*_FIELDS[node.kind]}:
         if getattr(node, key) != getattr(unused, key):
             raise ConfigError(f"{where}.{key} means nothing for kind {node.kind!r}: leave it out")
-    _check_domains(recipe, where, node)
+    _check_domains(recipe, name, node)
     if node.kind == "merge":
         if len(node.members) < 2:
             raise ConfigError(f"{where}.members: name two nodes or more to average")
@@ -280,8 +282,9 @@ def _check_node(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:
             )
 
 
-def _check_domains(recipe: RoundsConfig, where: str, node: NodeConfig) -> None:
+def _check_domains(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:
     """Raise ConfigError for domains and teachers of a node that do not go together."""
+    where = f"nodes.{name}"
     domains = recipe.domain_names()
     for domain in (*node.domains, *node.teachers):
         if domain not in domains:
@@ -291,6 +294,13 @@ def _check_domains(recipe: RoundsConfig, where: str, node: NodeConfig) -> None:
     for domain in node.teachers:
         if node.domains and domain not in node.domains:
             raise ConfigError(f"{where}.teachers names {domain!r}, which is not of its domains")
+    if SOLUTIONS in recipe.teachers_of(name).values() and (
+        node.kind == "mopd" or node.when == "needed"
+    ):
+        raise ConfigError(
+            f"{where} names {SOLUTIONS!r}, which can be learnt from but scores nothing: that is "
+            "for kinds 'sft' and 'warmup', with when = 'always'"
+        )
     taught = bool(node.teachers or node.default)
     if node.kind == "warmup" and not taught:
         raise ConfigError(f"{where}: kind 'warmup' needs teachers, as in {{ DOMAIN = NODE }}")
@@ -310,6 +320,8 @@ def _check_source(recipe: RoundsConfig, where: str, source: str | None, *, teach
     if source is None or source in recipe.nodes or source == "pico" or Path(source).is_dir():
         return
     if teacher and (source == SELF or source in recipe.remotes):
+        return
+    if teacher and source == SOLUTIONS:
         return
     if HUB_ID.match(source):
         return

@@ -15,7 +15,7 @@ from typing import Any
 from aprium.base.config import from_dict, to_dict
 from aprium.base.errors import CheckpointError
 from aprium.rl.evaluate import Accuracy, EvaluateConfig, evaluate_checkpoint
-from aprium.rl.lineage import START, RoundsConfig, digest, read_state
+from aprium.rl.lineage import SOLUTIONS, START, RoundsConfig, digest, read_state
 from aprium.rl.teachers import SELF
 from aprium.train.pretrain import write_json
 
@@ -95,8 +95,8 @@ def outside(recipe: RoundsConfig) -> dict[str, tuple[str, Path]]:
     found = {START: recipe.checkpoint}
     for node in recipe.nodes.values():
         for source in (*node.teachers.values(), node.default):
-            known = source in (None, SELF) or source in recipe.nodes or source in recipe.remotes
-            if source is not None and not known:
+            inside = {SELF, SOLUTIONS, *recipe.nodes, *recipe.remotes}
+            if source is not None and source not in inside:
                 found[source] = source
     place = recipe.output / "shared"
     return {
@@ -179,7 +179,8 @@ def learners(recipe: RoundsConfig) -> tuple[str, ...]:
     return tuple(
         name
         for name in recipe.order()
-        if recipe.nodes[name].kind in ("mopd", "merge", "warmup") or recipe.nodes[name].rollouts
+        if recipe.nodes[name].kind in ("mopd", "merge", "warmup")
+        or set(recipe.teachers_of(name).values()) - {SOLUTIONS}
     )
 
 

@@ -21,7 +21,7 @@ from aprium.checkpoint.load import read_plan
 from aprium.data.sources import SourceConfig
 from aprium.quantize.merge import merge as merge_adapter
 from aprium.rl import demonstrations, loop
-from aprium.rl.lineage import RoundsConfig, digest, read_state
+from aprium.rl.lineage import SOLUTIONS, RoundsConfig, digest, read_state
 from aprium.rl.loop import RlConfig
 from aprium.rl.rollout import DomainConfig, RolloutConfig
 from aprium.rl.support import Support, choose_form, score_support
@@ -312,6 +312,10 @@ def _demonstrate(stage: Stage, domain: DomainConfig, start: str) -> Path:
     node = stage.recipe.nodes[stage.name]
     rollout = dataclasses.replace(stage.rollout(), seed=stage.seed + _DEMONSTRATED)
     name = stage.routes()[domain.name]
+    if name == SOLUTIONS:
+        solved = demonstrations.solve(start, domain, rollout.seed, node.rollouts)
+        demonstrations.write_solutions(solved, file)
+        return file
     teacher = Located(checkpoint=start) if name == SELF else stage.locate(name)
     if teacher.remote is not None:
         remote = teacher.remote
