@@ -7,6 +7,7 @@ length of the strings, which is the difficulty. Digits and spaced letters are to
 most tokenizers, so that what is asked does not hang on how a word is cut.
 """
 
+import itertools
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ _LETTERS = string.ascii_lowercase
 _VOWELS = "aeiou"
 _LONGEST = 12
 
-# A kind takes a generator and a length, and makes what stands behind the kind's name, and the answer.
+# A kind takes a generator and a length, and makes what is asked behind its name, and the answer.
 Kind = Callable[[random.Random, int], tuple[str, str]]
 
 
@@ -113,7 +114,7 @@ def _running(rng: random.Random, length: int) -> tuple[str, str]:
 def _gaps(rng: random.Random, length: int) -> tuple[str, str]:
     """Say how far each digit lies from the next."""
     digits = _digits(rng, length)
-    return digits, "".join(str(abs(int(a) - int(b))) for a, b in zip(digits, digits[1:]))
+    return digits, "".join(str(abs(int(a) - int(b))) for a, b in itertools.pairwise(digits))
 
 
 def _add(rng: random.Random, length: int) -> tuple[str, str]:

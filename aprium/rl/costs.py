@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aprium.rl.lineage import RoundsConfig, read_state
+from aprium.rl.lineage import SOLUTIONS, RoundsConfig, read_state
 from aprium.rl.rollout import DomainConfig, RolloutConfig
 from aprium.rl.stages import Stage, rl_config, sft_config
 from aprium.rl.teachers import TeachersConfig
@@ -34,7 +34,8 @@ def cost(recipe: RoundsConfig, name: str, seed: int) -> Cost:
     node, stage = recipe.nodes[name], Stage(recipe=recipe, name=name, seed=seed)
     taught = stage.routes()
     evaluation = recipe.evaluate
-    turn = [domain.max_tokens or evaluation.max_tokens for domain in recipe.domains]
+    tested = recipe.domains_of(name) if node.evaluate == "own" else recipe.domains
+    turn = [domain.max_tokens or evaluation.max_tokens for domain in tested]
     found = Cost()
     if node.evaluate:
         most = (_written(t, evaluation.max_turns, evaluation.episode_tokens) for t in turn)
@@ -48,8 +49,9 @@ def cost(recipe: RoundsConfig, name: str, seed: int) -> Cost:
     if node.kind in ("sft", "warmup"):
         paths = dict.fromkeys(taught, Path("-"))
         config = sft_config(stage, Path("-"), "-", paths)
+        players = [d for d in played if taught[d.name] != SOLUTIONS]
         found += Cost(
-            sampled=node.rollouts * _play(played, rollout),
+            sampled=node.rollouts * _play(players, rollout),
             trained=config.trainer.steps * config.tokens_per_step,
         )
     elif node.kind in ("rl", "mopd"):

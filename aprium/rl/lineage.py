@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
@@ -41,13 +41,16 @@ class NodeConfig:
     `weights` (none: equally). `parent` is the node, checkpoint or hub id to start from (none: the
     recipe's). `domains` are the recipe's that it works on (none: all of them). `teachers` names one
     for a domain: a node, a checkpoint, a key of the recipe's `[remotes]`, "self", or, to be learnt
-    from, "solutions", the tasks' own; `default` is for domains without one. Of each domain with a teacher, `rollouts` tasks are played by it for
-    "sft" and "warmup", and episodes with a reward of at least `min_reward` learnt (none: all).
-    `when` "needed" measures the support of all teachers first, learns only domains where it is not
-    enough, and passes the parent on where there are none. `adapt` lets the support measured choose
-    the form of a "mopd" node's distillation. `config` are keys of the stage's own recipe, over
-    those in `[base.KIND]`. With `once` the first seed's is that of all seeds. `evaluate` false
-    leaves it out of the figures.
+    from, "solutions", the tasks' own; `default` is for domains without one. Of each domain with a
+    teacher, `rollouts` tasks are played by it for "sft" and "warmup", and episodes with a reward of
+    at least `min_reward` learnt (none: all). `when` "needed" measures the support of all teachers
+    first, learns only domains where it is not enough, and passes the parent on where there are
+    none. `adapt` lets the support measured choose the form of a "mopd" node's distillation.
+    `config` are keys of the stage's own recipe, over those in `[base.KIND]`. With `each` it stands
+    for one node a domain, NAME-DOMAIN, which other nodes name together: as teachers each teaches
+    its domain, as `members` all are meant, and as the `parent` of such a node the one of the same
+    domain. With `once` the first seed's is that of all seeds. `evaluate` "own" has it play its
+    own domains alone when it is evaluated, false leaves it out of the figures.
     """
 
     kind: Kind
@@ -62,8 +65,9 @@ class NodeConfig:
     members: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    each: bool = False
     once: bool = False
-    evaluate: bool = True
+    evaluate: bool | Literal["own"] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,7 @@ class RoundsConfig:
         """Check that the nodes are a graph, and that none asks for what its kind does not do."""
         if not self.nodes:
             raise ConfigError("the recipe has no [nodes.NAME]: say at least one stage")
+        object.__setattr__(self, "nodes", _spread(self.nodes, self.domain_names()))
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds is {list(self.seeds)}: give different ones, at least one")
         for kind in self.base:
@@ -242,6 +247,38 @@ def digest(parts: Sequence[Any]) -> str:
     """Return a name for plain values, the same in any process."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _spread(nodes: Mapping[str, NodeConfig], domains: Sequence[str]) -> dict[str, NodeConfig]:
+    """Return `nodes` with those that are one `each` domain as so many, and named one by one."""
+    several = {name: node.domains or tuple(domains) for name, node in nodes.items() if node.each}
+
+    def own(name: str | None, domain: str) -> str | None:
+        return f"{name}-{domain}" if name in several else name
+
+    found = {}
+    for name, node in nodes.items():
+        mine = node.domains or tuple(domains)
+        teachers = {d: own(t, d) for d, t in node.teachers.items()}
+        default = node.default
+        if default in several:
+            teachers |= {d: own(default, d) for d in mine if d not in node.teachers}
+            default = None
+        members = (
+            f"{m}-{d}" if m in several else m for m in node.members for d in several.get(m, (m,))
+        )
+        node = replace(node, teachers=teachers, default=default, members=tuple(members), each=False)
+        if name not in several:
+            found[name] = node
+            continue
+        for domain in mine:
+            found[f"{name}-{domain}"] = replace(
+                node,
+                domains=(domain,),
+                parent=own(node.parent, domain),
+                teachers={d: t for d, t in teachers.items() if d == domain},
+            )
+    return found
 
 
 # What each kind of node takes beside `config` and `once`.

@@ -130,9 +130,11 @@ def _scores(recipe: RoundsConfig, table: Mapping[str, Any]) -> str:
         return "<p>Nothing is evaluated yet.</p>"
     rows = []
     for name in names:
-        cells = [_number(table["scores"][name][domain]) for domain in domains]
-        means = [table["scores"][name][domain]["mean"] for domain in domains]
-        rows.append([html.escape(name), *cells, f"{100 * sum(means) / len(means):.1f}"])
+        found = table["scores"][name]
+        cells = [_number(found[domain]) if domain in found else "" for domain in domains]
+        means = [found[domain]["mean"] for domain in domains if domain in found]
+        mean = f"{100 * sum(means) / len(means):.1f}" if len(means) == len(domains) else ""
+        rows.append([html.escape(name), *cells, mean])
     return _table(["", *domains, "mean"], rows) + (
         "<p><small>Percent; the error is over seeds where there are several, else over tasks."
         "</small></p>"

@@ -16,6 +16,7 @@ from aprium.base.config import from_dict, to_dict
 from aprium.base.errors import CheckpointError
 from aprium.rl.evaluate import Accuracy, EvaluateConfig, evaluate_checkpoint
 from aprium.rl.lineage import SOLUTIONS, START, RoundsConfig, digest, read_state
+from aprium.rl.rollout import DomainConfig
 from aprium.rl.teachers import SELF
 from aprium.train.pretrain import write_json
 
@@ -104,18 +105,27 @@ def outside(recipe: RoundsConfig) -> dict[str, tuple[str, Path]]:
     }
 
 
-def evaluate(recipe: RoundsConfig, checkpoint: str, file: Path) -> None:
-    """Let a checkpoint play the held-out tasks of all domains, unless `file` has its scores."""
-    if not is_scored(recipe, file):
-        found = evaluate_checkpoint(checkpoint, recipe.domains, recipe.evaluate)
+def evaluate(recipe: RoundsConfig, checkpoint: str, file: Path, node: str | None = None) -> None:
+    """Let a checkpoint play the held-out tasks of all domains, unless `file` has its scores.
+
+    It is that of `node`, which may ask for its own domains alone.
+    """
+    if not is_scored(recipe, file, node):
+        found = evaluate_checkpoint(checkpoint, _asked(recipe, node), recipe.evaluate)
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = {name: asdict(accuracy) for name, accuracy in found.items()}
         write_json(file, {"digest": _settings(recipe), "domains": rows})
 
 
-def is_scored(recipe: RoundsConfig, file: Path) -> bool:
+def is_scored(recipe: RoundsConfig, file: Path, node: str | None = None) -> bool:
     """Tell whether `file` has scores, and of these settings of evaluation."""
-    return _read(file, recipe) is not None
+    found = _read(file, recipe)
+    return found is not None and {domain.name for domain in _asked(recipe, node)} <= found.keys()
+
+
+def _asked(recipe: RoundsConfig, node: str | None) -> Sequence[DomainConfig]:
+    own = node is not None and recipe.nodes[node].evaluate == "own"
+    return recipe.domains_of(node) if node is not None and own else recipe.domains
 
 
 def _settings(recipe: RoundsConfig) -> str:
@@ -197,7 +207,7 @@ def table(recipe: RoundsConfig) -> dict[str, Any]:
     for name in names:
         rows = [found[name] for found in per_seed.values() if name in found]
         if rows:
-            domains = recipe.domain_names()
+            domains = [d for d in recipe.domain_names() if all(d in row for row in rows)]
             scores[name] = {domain: _score([row[domain] for row in rows]) for domain in domains}
     for name in learners(recipe):
         row = {}
@@ -207,6 +217,7 @@ def table(recipe: RoundsConfig) -> dict[str, Any]:
                 _recovery(seen, name, baseline, asked)
                 for seen in per_seed.values()
                 if {name, baseline, *asked.values()} <= seen.keys()
+                and all(asked.keys() <= seen[one].keys() for one in (name, baseline))
             ]
             one = over_seeds(found)
             row[domain] = None if one is None else asdict(one)

@@ -180,7 +180,7 @@ def run_job(recipe: RoundsConfig, job: Job) -> bool:
             write_state(place, state)
         if recipe.nodes[name].evaluate:
             assert state.checkpoint is not None
-            evaluate(recipe, state.checkpoint, place / "scores.json")
+            evaluate(recipe, state.checkpoint, place / "scores.json", name)
     return True
 
 
@@ -206,7 +206,7 @@ class _Run:
         if state is None or state.status != "done":
             return False
         asked = self._recipe.nodes[job.name].evaluate
-        return not asked or is_scored(self._recipe, place / "scores.json")
+        return not asked or is_scored(self._recipe, place / "scores.json", job.name)
 
     def finish(self) -> bool:
         """Run all of them; False when asked to stop before the end."""

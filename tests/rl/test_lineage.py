@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprium.base.config import from_dict, load_toml
+from aprium.base.config import from_dict, load_toml, to_dict
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.rl.lineage import (
     NodeState,
@@ -145,3 +145,39 @@ def test_a_place_is_held_once(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         pass
+
+
+def test_a_node_of_each_domain_is_so_many_nodes() -> None:
+    found = recipe(
+        {
+            "base": {"kind": "sft", "default": "solutions", "rollouts": 4},
+            "adept": {"kind": "sft", "each": True, "parent": "base", "default": "solutions",
+                      "rollouts": 4},
+            "better": {"kind": "rl", "each": True, "parent": "adept", "domains": ["sort"]},
+            "student": {"kind": "mopd", "parent": "base", "teachers": {"sort": "better"},
+                        "default": "adept"},
+            "average": {"kind": "merge", "members": ["adept", "student"]},
+        }
+    )  # fmt: skip
+    assert set(found.nodes) == {
+        "base", "adept-add", "adept-sort", "better-sort", "student", "average"
+    }  # fmt: skip
+    assert found.nodes["adept-add"].domains == ("add",)
+    assert found.teachers_of("adept-add") == {"add": "solutions"}
+    assert found.nodes["better-sort"].parent == "adept-sort"
+    assert found.teachers_of("student") == {"add": "adept-add", "sort": "better-sort"}
+    assert found.nodes["average"].members == ("adept-add", "adept-sort", "student")
+    assert from_dict(RoundsConfig, to_dict(found)) == found  # as it is written beside the outputs
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"kind": "mopd", "default": "solutions"},
+        {"kind": "mopd", "teachers": {"add": "solutions"}, "default": "self"},
+        {"kind": "warmup", "default": "solutions", "rollouts": 4, "when": "needed"},
+    ],
+)
+def test_solutions_are_only_learnt_from(node: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="scores nothing"):
+        recipe({"a": node})

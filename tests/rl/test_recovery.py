@@ -157,6 +157,14 @@ def test_scores_of_other_settings_are_not_compared(
         evaluate(other, "m", file)
     assert len(asked) == 1 and is_scored(other, file)
     assert from_dict(Accuracy, json.loads(file.read_text())["domains"]["add"]) == made
+    # Of a node that asks for its own domains those are enough, for all of them they are not.
+    node = {"kind": "rl", "domains": ["add"]}
+    own = recipe({"a": {**node, "evaluate": "own"}}, output=str(tmp_path))
+    write(own, "a", 0, {"add": [1.0, 0.0]})
+    assert is_scored(own, file, "a") and set(table(own)["scores"]["a"]) == {"add"}
+    assert not is_scored(recipe({"a": node}, output=str(tmp_path)), file, "a")
+    evaluate(own, "m", file.with_name("other.json"), "a")
+    assert [domain.name for domain in asked[-1][1]] == ["add"]
     file.write_text("{")
     with pytest.raises(CheckpointError, match=r"scores.json cannot be read .* remove it"):
         table(other)

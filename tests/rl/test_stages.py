@@ -8,12 +8,19 @@ import pytest
 
 from aprium.base.errors import CheckpointError, ConfigError, TaskError
 from aprium.base.records import Trajectory
+from aprium.checkpoint.hub import resolve
+from aprium.data.sources import DataConfig, Mixture, SourceConfig, Text
+from aprium.envs.dialogue import ChatFormat, Dialogue
+from aprium.envs.family import take
 from aprium.rl import demonstrations
 from aprium.rl.costs import cost, outline
 from aprium.rl.lineage import NodeState, RoundsConfig, write_state
+from aprium.rl.rollout import DomainConfig
 from aprium.rl.rounds import check, jobs_of
 from aprium.rl.stages import Stage, digest_of, resolved, rl_config, sft_config
 from aprium.rl.teachers import SELF, TeachersConfig
+from aprium.text.chat import ChatTemplate
+from aprium.text.tokenizer import Tokenizer
 from tests.rl.test_lineage import recipe
 from tests.rl.test_teachers import trajectory
 
@@ -201,3 +208,37 @@ def test_demonstrations_are_those_that_earned_enough(tmp_path: Path) -> None:
     assert demonstrations.write_samples([good, bad], file, min_reward=None)["kept"] == 2
     with pytest.raises(TaskError, match="of 1 episodes of add that its teacher played none has"):
         demonstrations.write_samples([bad], file, min_reward=0.5)
+
+
+def test_solutions_are_shown_as_the_student_is_asked(tmp_path: Path) -> None:
+    path = resolve("pico")
+    tokenizer, template = Tokenizer.load(path), ChatTemplate.load(path)
+    drills = {"kind": "lookup", "least": 3, "most": 4}
+    domain = DomainConfig(name="d", family="drills", options=drills, thinking=False)
+    found = demonstrations.solve(path, domain, 7, 5)
+    assert len(found) == 5
+    for index, sample in enumerate(found):
+        task = take(domain.make(), index, seed=7)
+        dialogue = Dialogue(domain.chat(ChatFormat(tokenizer=tokenizer, template=template)))
+        dialogue.show(task.messages)
+        asked = len(dialogue.tokens)
+        assert list(sample.tokens[:asked]) == dialogue.tokens
+        assert sample.ce_weight == (0.0,) * asked + (1.0,) * (len(sample.tokens) - asked)
+        assert tokenizer.decode(sample.tokens[asked:]).strip() == task.data["answer"]
+        assert sample.tokens[-1] in tokenizer.eos_token_ids
+    file = tmp_path / "d.jsonl"
+    demonstrations.write_solutions(found, file)
+    source = SourceConfig(kind="samples", name="d", path=file)
+    data = DataConfig(sources=(source,), max_length=100)
+    mixture = Mixture(data, Text(tokenizer, template))
+    read = {mixture.draw()[1].tokens for _ in range(5)}
+    assert read == {sample.tokens for sample in found}
+    with pytest.raises(TaskError, match="only domains whose tasks are solved in one"):
+        demonstrations.solve(path, DomainConfig(name="t", family="tool-use"), 0, 3)
+
+
+def test_solutions_cost_nothing_to_sample() -> None:
+    nodes = {"a": {"kind": "sft", "default": "solutions", "rollouts": 6}}
+    nodes["b"] = nodes["a"] | {"teachers": {"add": "pico"}}
+    one, other = (cost(config(nodes), name, 0) for name in nodes)
+    assert one.trained == other.trained and other.sampled == one.sampled + 6 * 20 * 2
