@@ -251,6 +251,7 @@ class SampleSource:
         self._vocab_size = text.tokenizer.vocab_size
         self._order = Order(rows.blocks, f"{data.seed} {config.name}")
         self.size: int | None = len(rows)
+        self.digest = rows.digest
 
     def read(self, number: int) -> Sequence[Sample]:
         """Return sample `number`, none if it is too long and skipped, or nothing of it is learnt.
