@@ -52,8 +52,9 @@ struct ConvBack {
 };
 
 template <int K>
-INLINE void conv_back_some(const ConvTask& t, const ConvGradients& to, ConvBack<K>& s, int64_t i, int64_t begin,
+inline void conv_back_some(const ConvTask& t, const ConvGradients& to, ConvBack<K>& state, int64_t i, int64_t begin,
                            int64_t end) {
+    ConvBack<K> s = state;  // in registers, where stores to the results cannot alias it
     int64_t left = t.channels - i;
     for (int64_t n = begin; n < end; n++) {
         int64_t taps = taps_of(t, n);
@@ -73,6 +74,7 @@ INLINE void conv_back_some(const ConvTask& t, const ConvGradients& to, ConvBack<
             }
         if (n >= K - 1) write(row_of(to.x, t.half, (n - K + 1) * t.channels), t.half, i, s.grad[K - 1], left);
     }
+    state = s;
 }
 
 template <int K>

@@ -22,7 +22,7 @@ from aprium.model.native import NativeModel
 from aprium.model.sharding import HeadShare, head_shares, keep_own_parts, make_plan, own_kv_rows
 from aprium.model.state import HybridState
 from aprium.ops import attention, conv, moe, ssd
-from aprium.ops.activation import sigmoid, silu
+from aprium.ops.activation import relu_squared, sigmoid, silu
 from aprium.ops.matmul import linear
 from aprium.ops.norm import gated_group_norm, rms_norm
 from aprium.parallel.collectives import broadcast, copy_to, exchange, gather_rows, reduce_from
@@ -304,7 +304,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Map `x` [T, D] to [T, D], each token by itself."""
         tp = self.mesh.tp
-        inner = F.relu(self.up_proj(copy_to(x, tp))).square()
+        inner = relu_squared(self.up_proj(copy_to(x, tp)))
         return row_parallel(self.down_proj, inner, tp)
 
 
