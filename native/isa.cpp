@@ -11,6 +11,9 @@
 #endif
 
 #include "kernels.h"
+#ifdef APRIUM_TRAINING
+#include "training_kernels.h"
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -47,7 +50,9 @@ inline float fp8_value(uint8_t code) {  // E4M3 without sign
 #endif
 #include "math.inl"
 #ifdef APRIUM_TRAINING
+#include "dense.inl"
 #include "ssd.inl"
+#include "flash.inl"
 #include "train.inl"
 #else
 #include "matmul.inl"

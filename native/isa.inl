@@ -1,7 +1,8 @@
 // The tables of one instruction set. Included last inside its namespace.
 #ifdef APRIUM_TRAINING
 extern const TrainingKernels training_kernels = {
-    conv,     conv_back,   norm,          norm_back,    ssd_forward_scratch, ssd_backward_scratch,
+    flash_scratch, flash, flash_back_scratch, flash_back,
+    conv, conv_back, norm, norm_back, sum_heads, ssd_forward_scratch, ssd_backward_scratch,
     ssd_walk, ssd_forward, ssd_walk_back, ssd_backward,
 };
 #else

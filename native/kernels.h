@@ -81,77 +81,7 @@ struct EncodeTask {
     uint8_t* scales;  // [rows, cols / 16]
 };
 
-// Tokens [begin, begin + count) of one segment; the states before and after them, by number, -1 for none.
-struct SsdChunk {
-    int64_t begin, count, entering, leaving;
-};
-
-// The recurrence over packed segments, from zero states. Rows of x, b and c lie so many floats apart.
-struct SsdTask {
-    const float *x, *b, *c;  // [T, heads, head_dim], [T, groups, state_size] twice
-    int64_t x_row, b_row, c_row;
-    const float *dt, *a, *d;  // [T, heads], [heads] twice
-    int64_t heads, groups, head_dim, state_size, chunk_size;
-    float* states;  // [numbers, heads, state_size, head_dim], the last two padded to multiples of 16
-    float* y;       // [T, heads, head_dim]
-};
-
-struct SsdGradients {
-    const float* y;           // as y of the task; the rest is written
-    float* states;            // as states of the task
-    float *x, *b, *c, *dt;    // without gaps between rows
-    float *a, *d;             // [chunks, heads]: parts to be summed
-};
-
-constexpr int64_t kMostTaps = 8;       // of a convolution with gradients
-constexpr int64_t kConvChannels = 64;  // of one task of its gradients
-
-// SiLU of a causal depthwise convolution of packed segments; `half`: x holds bf16.
-struct ConvTask {
-    const void* x;  // [tokens, channels], rows `x_row` values apart
-    int64_t x_row;
-    bool half;
-    int64_t tokens, channels, kernel;
-    const float *weight, *bias;  // [kernel, channels], [channels] or null
-    const int64_t* positions;    // [tokens], in their segments
-    float* out;                  // [tokens, channels]
-};
-struct ConvGradients {
-    const float* out;
-    void* x;  // [tokens, channels] as x of the task
-    float *weight, *bias;
-};
-
-// RMS norm by groups of `x`, or of x * silu(gate). `half`: gate and out hold bf16; `x_half`: x does.
-struct NormTask {
-    const void *x, *gate;  // [tokens, size] each, rows of the gate `gate_row` values apart, or null
-    int64_t gate_row;
-    bool x_half, half;
-    int64_t tokens, size, groups;
-    const float* weight;  // [size]
-    float eps;
-    float* scales;  // [tokens, groups]: what values were multiplied by
-    void* out;      // [tokens, size]
-};
-struct NormGradients {
-    const void* out;
-    void *x, *gate;  // [tokens, size] each, as x and gate of the task
-};
-
-struct TrainingKernels {
-    void (*conv)(const ConvTask&, int64_t token_begin, int64_t token_end);
-    void (*conv_back)(const ConvTask&, const ConvGradients&, int64_t channel_begin, int64_t channel_end);
-    void (*norm)(const NormTask&, int64_t token_begin, int64_t token_end);
-    void (*norm_back)(const NormTask&, const NormGradients&, int64_t token_begin, int64_t token_end, float* grad_weight);
-    int64_t (*ssd_forward_scratch)(const SsdTask&);  // also for walks
-    int64_t (*ssd_backward_scratch)(const SsdTask&);
-    void (*ssd_walk)(const SsdTask&, const SsdChunk*, int64_t num_chunks, int64_t head, uint8_t* scratch);
-    void (*ssd_forward)(const SsdTask&, const SsdChunk&, int64_t group, uint8_t* scratch);
-    void (*ssd_walk_back)(const SsdTask&, const SsdGradients&, const SsdChunk*, int64_t num_chunks, int64_t head,
-                          uint8_t* scratch);
-    void (*ssd_backward)(const SsdTask&, const SsdGradients&, const SsdChunk&, int64_t number, int64_t group,
-                         uint8_t* scratch);
-};
+struct TrainingKernels;  // see training_kernels.h
 
 struct Kernels {
     const char* name;

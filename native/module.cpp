@@ -186,6 +186,24 @@ void ssd_backward(Machine& m, const Chunks& chunks, const SsdInputs& in, std::ar
     run_ssd_back(m, chunks, task, to);
 }
 
+// sizes: heads, kv_heads, head_dim.
+FlashTask flash_task(std::array<uintptr_t, 3> qkv, bool half, std::array<int64_t, 3> sizes, uintptr_t out,
+                     uintptr_t log_mass) {
+    return {at<void>(qkv[0]), at<void>(qkv[1]), at<void>(qkv[2]), half, sizes[0], sizes[1], sizes[2],
+            at<void>(out),    at<float>(log_mass)};
+}
+void flash_forward(Machine& m, const std::vector<int64_t>& lengths, std::array<uintptr_t, 3> qkv, bool half,
+                   std::array<int64_t, 3> sizes, uintptr_t out, uintptr_t log_mass) {
+    run_flash(m, lengths, flash_task(qkv, half, sizes, out, log_mass));
+}
+void flash_backward(Machine& m, const std::vector<int64_t>& lengths, std::array<uintptr_t, 3> qkv, bool half,
+                    std::array<int64_t, 3> sizes, uintptr_t out, uintptr_t log_mass, uintptr_t grad_out,
+                    std::array<uintptr_t, 3> grads) {
+    FlashTask task = flash_task(qkv, half, sizes, out, log_mass);
+    run_flash_back(m, lengths, task, {at<void>(grad_out), at<void>(grads[0]), nullptr, nullptr}, at<void>(grads[1]),
+                   at<void>(grads[2]));
+}
+
 // sizes: tokens, channels, kernel, floats between rows of x. `halves` as in the tasks.
 ConvTask conv_task(uintptr_t x, bool half, std::array<int64_t, 4> sizes, uintptr_t weight, uintptr_t bias,
                    uintptr_t positions) {
@@ -288,6 +306,8 @@ NB_MODULE(_kernels, module) {
                  return found;
              })
         .def("encode_nvfp4", &encode_nvfp4, Release())
+        .def("flash_forward", &flash_forward, Release())
+        .def("flash_backward", &flash_backward, Release())
         .def("conv_forward", &conv_forward, Release())
         .def("conv_backward", &conv_backward, Release())
         .def("norm_forward", &norm_forward, Release())

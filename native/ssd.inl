@@ -1,78 +1,10 @@
-// The Mamba-2 recurrence in matrix form, for training: forward and backward. Included after math.inl.
+// The Mamba-2 recurrence in matrix form, for training: forward and backward. Included after dense.inl.
 //
 // Chunks never cross a segment's boundary, so nothing is masked for it. Inside a chunk
 //     y_i = sum over j <= i of (C_i . B_j) e^(s_i - s_j) dt_j x_j + e^(s_i) C_i S + d x_i
 // where s are running sums of dt a and S [N, P] is the state that enters. Walks carry states and their
 // gradients over the chunks of a segment, a head each; the rest is by chunk and group. Matrices are
 // padded with zeros to 16 columns. Every sum has one order, whatever the number of threads.
-
-constexpr int kAbove = APRIUM_LEVEL == 2 ? 8 : 4;   // rows of a tile of results; divides 16
-constexpr int kBeside = APRIUM_LEVEL == 2 ? 2 : 1;  // and its vectors
-
-// Which part of a product of square matrices is needed: all; the sums up to the row's own column; those
-// from it on; the results up to it.
-enum class Part { all, until_row, from_row, lower };
-
-// out[r][16 V] = sum over k of a(r, k) b[k][16 V], added to what is there if `more`.
-template <int R, int V>
-INLINE void tile(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t depth, float* out,
-                 int64_t out_row, bool more) {
-    f32x16 sum[R][V];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < V; v++) sum[r][v] = more ? load(out + r * out_row + 16 * v) : splat(0);
-    for (int64_t k = 0; k < depth; k++) {
-        f32x16 right[V];
-        UNROLL for (int v = 0; v < V; v++) right[v] = load(b + k * b_row + 16 * v);
-        UNROLL for (int r = 0; r < R; r++) {
-            f32x16 left = splat(a[r * a_row + k * a_col]);
-            UNROLL for (int v = 0; v < V; v++) sum[r][v] = fma(left, right[v], sum[r][v]);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < V; v++) store(out + r * out_row + 16 * v, sum[r][v]);
-}
-
-template <int R>
-inline void tile_row(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t depth,
-                     float* out, int64_t out_row, int64_t cols, bool more) {
-    int64_t j = 0;
-    for (; j + 16 * kBeside <= cols; j += 16 * kBeside)
-        tile<R, kBeside>(a, a_row, a_col, b + j, b_row, depth, out + j, out_row, more);
-    for (; j < cols; j += 16) tile<R, 1>(a, a_row, a_col, b + j, b_row, depth, out + j, out_row, more);
-}
-
-// out [rows, cols] = a b, or += if `more`; element (i, k) of a lies at i * a_row + k * a_col.
-inline void product(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* out,
-                    int64_t out_row, int64_t rows, int64_t cols, int64_t depth, bool more, Part part = Part::all) {
-    for (int64_t i = 0; i < rows;) {
-        int64_t count = rows - i >= kAbove ? kAbove : rows - i >= 4 ? 4 : 1;
-        int64_t from = part == Part::from_row ? i : 0, until = part == Part::until_row ? i + count : depth;
-        int64_t width = part == Part::lower ? up16(i + count) : cols;
-        const float *left = a + i * a_row + from * a_col, *right = b + from * b_row;
-        float* to = out + i * out_row;
-        if (count == kAbove) tile_row<kAbove>(left, a_row, a_col, right, b_row, until - from, to, out_row, width, more);
-        else if (count == 4) tile_row<4>(left, a_row, a_col, right, b_row, until - from, to, out_row, width, more);
-        else tile_row<1>(left, a_row, a_col, right, b_row, until - from, to, out_row, width, more);
-        i += count;
-    }
-}
-
-// Copy rows of `size` values to rows of `padded` ones and zero what is left of 16 rows.
-inline void gather(const float* from, int64_t row, int64_t count, int64_t size, float* to, int64_t padded) {
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t k = 0; k < padded; k += 16)
-            store(to + i * padded + k, k < size ? load_partial(from + i * row + k, size - k) : splat(0));
-    memset(to + count * padded, 0, (up16(count) - count) * padded * 4);
-}
-inline void scatter(const float* from, int64_t padded, int64_t count, int64_t size, float* to, int64_t row) {
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t k = 0; k < size; k += 16) store_partial(to + i * row + k, load(from + i * padded + k), size - k);
-}
-// to [cols, rows] = from [rows, cols], both multiples of 16.
-inline void turn(const float* from, int64_t rows, int64_t cols, float* to) {
-    for (int64_t i = 0; i < rows; i += 16)
-        for (int64_t j = 0; j < cols; j += 16) transpose(from + i * cols + j, cols, to + j * rows + i, rows);
-}
 
 // ---- one head of one chunk ----
 
@@ -112,14 +44,11 @@ struct SsdDecays {
     int64_t first;
     float* left;  // [first]: e^(s_first - s_j)
     float down[16];
-    f32x16 numbers;
+    Lower lower;
     SsdDecays(const float* sum, int64_t first, float* room) : sum(sum), first(first), left(room) {
         f32x16 from = splat(sum[first]);
         for (int64_t j = 0; j < first; j += 16) store(left + j, exp(sub(from, load(sum + j))));
         store(down, exp(sub(load(sum + first), from)));
-        float lanes[16];
-        for (int l = 0; l < 16; l++) lanes[l] = (float)l;
-        numbers = load(lanes);
     }
     INLINE f32x16 at(int64_t i, int64_t j) const {
         if (j < first) return mul(splat(down[i - first]), load(left + j));
@@ -127,11 +56,9 @@ struct SsdDecays {
     }
     // `x` where column j + lane is not beyond row i, else zero.
     INLINE f32x16 keep_lower(int64_t i, int64_t j, f32x16 x) const {
-        return j < first ? x : where_less(numbers, splat((float)(i - j) + 0.5f), x, splat(0));
+        return j < first ? x : lower.pick(i, j, x, splat(0));
     }
 };
-
-inline f32x16 scaled(const float* row, float by) { return mul(load(row), splat(by)); }
 
 // ---- forward ----
 
@@ -248,12 +175,6 @@ struct SsdBack {
         room = at, left = room + 4 * c, grad_sum = left + c, grad_dt = grad_sum + c, state = grad_dt + c;
     }
 };
-
-inline float dot_rows(const float* x, const float* y, int64_t size) {
-    f32x16 sum = splat(0);
-    for (int64_t k = 0; k < size; k += 16) sum = fma(load(x + k), load(y + k), sum);
-    return reduce_add(sum);
-}
 
 // What goes through the pairs of tokens of the chunk: gradients of scores, and of sums s by rows.
 inline void ssd_pairs_back(const SsdTask& t, const SsdShape& s, const SsdSteps& steps, SsdBack& m, int64_t count,

@@ -1,27 +1,8 @@
-// Convolution with SiLU, and norms, for training: forward and backward. Included after math.inl.
+// Convolution with SiLU, and norms, for training: forward and backward. Included after dense.inl.
 //
 // Inputs are float32 or bfloat16 (`half`), sums float32. Rows are walked in order; gradients of weights
 // are sums over blocks of tokens, which the caller adds up, or over all tokens of some channels.
 
-inline f32x16 read(const void* x, bool half, int64_t i, int64_t left) {
-    if (!half) return load_partial((const float*)x + i, left);
-    if (left >= 16) return from_bf16((const uint16_t*)x + i);
-    uint16_t padded[16] = {};
-    memcpy(padded, (const uint16_t*)x + i, left * 2);
-    return from_bf16(padded);
-}
-inline void write(void* x, bool half, int64_t i, f32x16 v, int64_t left) {
-    if (!half) return store_partial((float*)x + i, v, left);
-    uint16_t two[32];
-    store_bf16(two, v, v);
-    memcpy((uint16_t*)x + i, two, (left < 16 ? left : 16) * 2);
-}
-inline const void* row_of(const void* x, bool half, int64_t at) {
-    return half ? (const void*)((const uint16_t*)x + at) : (const void*)((const float*)x + at);
-}
-inline void* row_of(void* x, bool half, int64_t at) {
-    return half ? (void*)((uint16_t*)x + at) : (void*)((float*)x + at);
-}
 inline f32x16 sigmoid(f32x16 x) { return div(splat(1), add(splat(1), exp(sub(splat(0), x)))); }
 
 // ---- convolution ----

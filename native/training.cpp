@@ -77,6 +77,46 @@ void run_ssd_back(Machine& m, const Chunks& chunks, const SsdTask& task, SsdGrad
     sum_parts(to.d, num_chunks, task.heads, grad_d);
 }
 
+void run_flash(Machine& m, const std::vector<int64_t>& lengths, const FlashTask& task) {
+    std::lock_guard turn(m.turn);
+    struct Part {
+        int64_t begin, length, first;
+    };
+    std::vector<Part> parts;
+    int64_t begin = 0, scratch = m.kernels.training->flash_scratch(task);
+    for (int64_t length : lengths) {
+        for (int64_t first = 0; first < length; first += kTokens) parts.push_back({begin, length, first});
+        begin += length;
+    }
+    m.pool.run((int64_t)parts.size() * task.heads, [&](int64_t i, int thread) {
+        const Part& part = parts[i / task.heads];
+        m.kernels.training->flash(task, part.begin, part.length, part.first, i % task.heads,
+                                  m.pool.scratch(thread).bytes(scratch));
+    });
+}
+
+void run_flash_back(Machine& m, const std::vector<int64_t>& lengths, const FlashTask& task, FlashGradients to,
+                    void* grad_k, void* grad_v) {
+    std::lock_guard turn(m.turn);
+    std::vector<int64_t> begins;
+    int64_t tokens = 0;
+    for (int64_t length : lengths) begins.push_back(tokens), tokens += length;
+    Buffer room;
+    int64_t size = tokens * task.heads * task.head_dim;
+    to.k = room.floats(2 * size), to.v = to.k + size;
+    m.pool.run((int64_t)lengths.size() * task.heads, [&](int64_t i, int thread) {
+        int64_t length = lengths[i / task.heads];
+        int64_t scratch = m.kernels.training->flash_back_scratch(task, length);
+        m.kernels.training->flash_back(task, to, begins[i / task.heads], length, i % task.heads,
+                                       m.pool.scratch(thread).bytes(scratch));
+    });
+    m.pool.run((tokens + kTokens - 1) / kTokens, [&](int64_t i, int) {
+        int64_t begin = i * kTokens, end = std::min(begin + kTokens, tokens);
+        m.kernels.training->sum_heads(task, to.k, begin, end, grad_k);
+        m.kernels.training->sum_heads(task, to.v, begin, end, grad_v);
+    });
+}
+
 void run_conv(Machine& m, const ConvTask& task) {
     std::lock_guard turn(m.turn);
     m.pool.run((task.tokens + kTokens - 1) / kTokens, [&](int64_t i, int) {

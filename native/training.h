@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "training_kernels.h"
 
 namespace aprium {
 
@@ -20,6 +21,11 @@ void run_ssd(Machine& machine, const Chunks& chunks, const SsdTask& task);
 // `to.a` and `to.d` are [heads] here; `to.states` is made.
 void run_ssd_back(Machine& machine, const Chunks& chunks, const SsdTask& task, SsdGradients to);
 
+// `lengths` are those of the segments.
+void run_flash(Machine& machine, const std::vector<int64_t>& lengths, const FlashTask& task);
+// `grad_k` and `grad_v` [T, kv_heads, head_dim] hold bf16 if the task does; `to.k` and `to.v` are made.
+void run_flash_back(Machine& machine, const std::vector<int64_t>& lengths, const FlashTask& task, FlashGradients to,
+                    void* grad_k, void* grad_v);
 void run_conv(Machine& machine, const ConvTask& task);
 void run_conv_back(Machine& machine, const ConvTask& task, const ConvGradients& to);
 void run_norm(Machine& machine, const NormTask& task);
