@@ -167,21 +167,22 @@ struct SsdBack {
     float *b, *reads, *turned, *grad_b, *grad_reads, *by_state;  // [C, N]
     float *scores, *grad_scores, *mixing, *pairs;                  // [C, C]
     float *x, *dy, *dx, *sent, *weighed;                           // [C, P]
-    float *room, *left, *grad_sum, *grad_dt, *state;
+    float *room, *left, *grad_sum, *columns, *state;
     SsdBack(const SsdShape& s, int64_t c, float* at) {
         for (float** part : {&b, &reads, &turned, &grad_b, &grad_reads, &by_state}) *part = at, at += c * s.n;
         for (float** part : {&scores, &grad_scores, &mixing, &pairs}) *part = at, at += c * c;
         for (float** part : {&x, &dy, &dx, &sent, &weighed}) *part = at, at += c * s.p;
-        room = at, left = room + 4 * c, grad_sum = left + c, grad_dt = grad_sum + c, state = grad_dt + c;
+        room = at, left = room + 4 * c, grad_sum = left + c, columns = grad_sum + c, state = columns + c;
     }
 };
 
-// What goes through the pairs of tokens of the chunk: gradients of scores, and of sums s by rows.
+// What goes through the pairs of tokens of the chunk: gradients of scores and of sums s.
 inline void ssd_pairs_back(const SsdTask& t, const SsdShape& s, const SsdSteps& steps, SsdBack& m, int64_t count,
                            int64_t c, float* grad_d) {
     turn(m.x, c, s.p, m.weighed);
     product(m.dy, s.p, 1, m.weighed, c, m.pairs, c, count, c, t.head_dim, false, Part::lower);
     for (int64_t i = 0; i < count; i++) *grad_d += m.pairs[i * c + i];
+    memset(m.columns, 0, c * 4);
     for (int64_t first = 0; first < count; first += 16) {
         SsdDecays decays(steps.sum, first, m.left);
         for (int64_t i = first; i < first + 16 && i < count; i++) {
@@ -191,17 +192,21 @@ inline void ssd_pairs_back(const SsdTask& t, const SsdShape& s, const SsdSteps& 
                 f32x16 decay = decays.at(i, j), score = load(m.scores + at);
                 f32x16 grad = mul(mul(load(m.pairs + at), decay), load(steps.dt + j));
                 grad = decays.keep_lower(i, j, grad);
-                sum = fma(decays.keep_lower(i, j, score), grad, sum);
+                f32x16 through = mul(decays.keep_lower(i, j, score), grad);
+                if (j == first) through = decays.lower.pick(i - 1, j, through, splat(0));  // e^0 has no gradient
+                sum = add(sum, through);
+                store(m.columns + j, add(load(m.columns + j), through));
                 store(m.mixing + at, decays.keep_lower(i, j, mul(score, decay)));
                 store(m.grad_scores + at, add(load(m.grad_scores + at), grad));
             }
             m.grad_sum[i] = reduce_add(sum);
         }
     }
+    for (int64_t i = 0; i < count; i++) m.grad_sum[i] -= m.columns[i];
     product(m.mixing, 1, c, m.dy, s.p, m.dx, s.p, count, s.p, count, false, Part::from_row);
 }
 
-// What goes through the state that enters: gradients of C, and of sums s by rows.
+// What goes through the state that enters: gradients of C and of sums s.
 inline void ssd_entering_back(const SsdTask& t, const SsdShape& s, const SsdSteps& steps, SsdBack& m,
                               const float* entering, int64_t count) {
     turn(entering, s.n, s.p, m.state);  // [P, N]
@@ -217,7 +222,7 @@ inline void ssd_entering_back(const SsdTask& t, const SsdShape& s, const SsdStep
 }
 
 // What goes through the state that leaves, whose gradient is `leaving`: gradients of B, and of x (without
-// dt) into `sent`. Returns what the last sum s gets.
+// dt) into `dx`, and of sums s. Returns what the last of them gets besides.
 inline float ssd_leaving_back(const SsdTask& t, const SsdShape& s, const SsdSteps& steps, SsdBack& m,
                               const float* entering, const float* leaving, int64_t count) {
     turn(leaving, s.n, s.p, m.state);
@@ -225,7 +230,8 @@ inline float ssd_leaving_back(const SsdTask& t, const SsdShape& s, const SsdStep
     double last = entering ? (double)steps.whole * dot_rows(entering, leaving, s.state) : 0;
     for (int64_t i = 0; i < count; i++) {
         float until = steps.until[i], weight = steps.dt[i] * until;
-        last += weight * dot_rows(m.x + i * s.p, m.sent + i * s.p, s.p);
+        float through = weight * dot_rows(m.x + i * s.p, m.sent + i * s.p, s.p);
+        if (i < count - 1) last += through, m.grad_sum[i] -= through;
         for (int64_t p = 0; p < s.p; p += 16) {
             store(m.weighed + i * s.p + p, scaled(m.x + i * s.p + p, weight));
             store(m.dx + i * s.p + p, fma(load(m.sent + i * s.p + p), splat(until), load(m.dx + i * s.p + p)));
@@ -265,7 +271,7 @@ inline void ssd_backward(const SsdTask& t, const SsdGradients& to, const SsdChun
         double running = last, grad_a = 0;
         for (int64_t i = count - 1; i >= 0; i--) {
             float own = dot_rows(m.x + i * s.p, m.dx + i * s.p, s.p), dt = steps.dt[i];
-            running += m.grad_sum[i] - dt * own;
+            running += m.grad_sum[i];
             grad_a += running * dt;
             to.dt[(chunk.begin + i) * t.heads + head] = own + (float)running * t.a[head];
             for (int64_t p = 0; p < t.head_dim; p += 16) {

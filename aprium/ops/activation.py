@@ -1,4 +1,4 @@
-"""Sigmoid, SiLU, softplus and squared ReLU, the same bits for an element wherever it lies in its tensor.
+"""Sigmoid, SiLU, softplus and squared ReLU, the same bits wherever an element lies in its tensor.
 
 PyTorch's fused versions use another implementation for the last few elements of a tensor than for
 the rest, so a token's result would depend on the batch. Its exp, log1p and arithmetic do not

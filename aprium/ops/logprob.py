@@ -1,6 +1,6 @@
 """Log-probabilities of tokens from hidden states, without the logits of all positions.
 
-Logits exist for one chunk of rows at a time; the backward pass makes them again. Source: the
+Logits exist for one chunk of rows at a time. Source: the
 chunked cross-entropy that training libraries use (arXiv 2411.09009 for the memory argument).
 """
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from aprium.ops.matmul import linear
 
@@ -15,44 +16,64 @@ from aprium.ops.matmul import linear
 _CHUNK_VALUES = 1 << 23
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the natural-log probability of each target under softmax(hidden @ weight.T).
+def weighted_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of log-probabilities times `factors`, and the log-probabilities.
 
-    `hidden` [R, D], `weight` [V, D], `targets` int64 [R]. Returns float32 [R] (float64 for float64
-    input), differentiable in `hidden` and `weight`.
+    They are natural logarithms of each target's probability under softmax(hidden @ weight.T).
+    `hidden` [R, D], `weight` [V, D], `targets` int64 [R], `factors` [R]. Returns float32 (float64
+    for float64 input): the sum [], differentiable in `hidden` and `weight`, and [R], which is not.
+    As the factors are known, gradients are made beside the logits, which are made once.
     """
-    return _TokenLogprobs.apply(hidden, weight, targets)
+    return _WeightedLogprob.apply(hidden, weight, targets, factors)
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class _WeightedLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        out, norms = [], []
-        for rows, wanted in _chunks(hidden, weight, targets):
-            logits = _wide(linear(rows, weight))
-            norm = logits.logsumexp(-1)
-            out.append(logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - norm)
-            norms.append(norm)
-        empty = _wide(hidden.new_empty(0))
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(norms) if norms else empty)
-        return torch.cat(out) if out else empty
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden, weight, targets, norms = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=norms.dtype)
-        done = 0
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wide = _wide(hidden.new_empty(0)).dtype
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = torch.empty_like(hidden)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=wide)
+        logprobs, done = factors.new_empty(factors.shape, dtype=wide), 0
         for rows, wanted in _chunks(hidden, weight, targets):
             part = slice(done, done + rows.shape[0])
-            grad = grads[0][part].unsqueeze(1)
-            # d logprob / d logits = onehot - softmax.
-            wide = _wide(linear(rows, weight)).sub_(norms[part].unsqueeze(1)).exp_().mul_(-grad)
-            wide.scatter_add_(1, wanted.unsqueeze(1), grad)
-            grad_hidden[part] = (wide @ weight.to(wide.dtype)).to(hidden.dtype)
-            grad_weight.addmm_(wide.T, rows.to(wide.dtype))
             done = part.stop
-        return grad_hidden, grad_weight.to(weight.dtype), None
+            logits = _wide(linear(rows, weight))
+            norm = logits.logsumexp(-1, keepdim=True)
+            picked = logits.gather(1, wanted.unsqueeze(1))
+            logprobs[part] = (picked - norm).squeeze(1)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d logprob / d logits = onehot - softmax.
+            factor = factors[part].unsqueeze(1).to(wide)
+            grad = (
+                logits.sub_(norm).exp_().mul_(-factor).scatter_add_(1, wanted.unsqueeze(1), factor)
+            )
+            if grad_hidden is not None:
+                narrow = grad.to(hidden.dtype)
+                torch.mm(narrow, weight.to(hidden.dtype), out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, rows.to(wide))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(logprobs)
+        return (logprobs * factors).sum(), logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grads[0]).to(ctx.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 def kl_divergence(
@@ -61,7 +82,8 @@ def kl_divergence(
     """Return KL(teacher || student) over the whole vocabulary for each row, in nats.
 
     `hidden` [R, D] and `weight` [V, D] are the student's, `teacher_hidden` [R, D'] and
-    `teacher_weight` [V, D'] the teacher's. Returns float32 [R], differentiable in the student's.
+    `teacher_weight` [V, D'] the teacher's. Returns float32 [R], differentiable in the student's;
+    the backward pass makes the logits again.
     """
     return _KLDivergence.apply(hidden, weight, teacher_hidden, teacher_weight)
 

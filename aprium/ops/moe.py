@@ -1,7 +1,7 @@
 """Mixture of experts: sigmoid router with a selection bias, and experts grouped by token.
 
-Gradients of gathering, of weighted sums and of stacked experts are written out: each is one pass, and
-a stack's gradient is filled in place, where PyTorch would add or join parts.
+Gradients of gathering, of weighted sums and of stacked experts are written out: each is one pass,
+and a stack's gradient is filled in place, where PyTorch would add or join parts.
 Source: docs/architecture.md; DeepSeek-V3 (arXiv 2412.19437) for the bias that only selects.
 Letters: T packed tokens, E experts, A active experts, D width that experts act on.
 """
@@ -65,13 +65,13 @@ def run_sorted(rows: Tensor, experts: Tensor, apply: Callable[[int, Tensor], Ten
 def run_stacked(rows: Tensor, experts: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Return down(relu(up(row))^2) of each row's expert, for training.
 
-    `rows` [R, D]; `experts` int64 [R] is sorted; `up` [E, I, D], `down` [E, D, I]. Returns [R, D] in
-    the dtype of `rows`, in which products are computed.
+    `rows` [R, D]; `experts` int64 [R] is sorted; `up` [E, I, D], `down` [E, D, I]. Returns [R, D]
+    in the dtype of `rows`, in which products are computed.
     """
     counts = experts.bincount(minlength=up.shape[0])
     if rows.dtype != torch.bfloat16 or rows.device.type != "cpu":
         return _Stacked.apply(rows, up, down, counts.tolist())
-    # Products in bfloat16 are compiled for each shape, so there are to be few: experts get rows of zeros.
+    # Products in bfloat16 are compiled for each shape: rows of zeros fill up, so that it has few.
     filled = (counts + _ROWS - 1) // _ROWS * _ROWS
     shift = (filled - counts).cumsum(0) - (filled - counts)
     place = torch.arange(len(rows), device=rows.device) + shift[experts]
@@ -134,7 +134,11 @@ class _Stacked(torch.autograd.Function):
         counts, grad = ctx.counts, grads[0].contiguous()
         wide, narrow = up.to(rows.dtype), down.to(rows.dtype)
         grad_up, grad_down = torch.empty_like(wide), torch.empty_like(narrow)
-        grad_inner, grad_rows, squared = torch.empty_like(inner), torch.empty_like(rows), inner.square()
+        grad_inner, grad_rows, squared = (
+            torch.empty_like(inner),
+            torch.empty_like(rows),
+            inner.square(),
+        )
         for e, part in _parts(counts):
             torch.mm(grad[part].T, squared[part], out=grad_down[e])
             torch.mm(grad[part], narrow[e], out=grad_inner[part])

@@ -14,7 +14,7 @@ from torch import Tensor
 from aprium.base.errors import ConfigError
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel, Routing
-from aprium.ops.logprob import kl_divergence, token_logprobs
+from aprium.ops.logprob import kl_divergence, weighted_logprob
 from aprium.parallel.collectives import total as sum_over
 from aprium.parallel.mesh import Axis, Mesh
 from aprium.train.batch import Batch
@@ -101,8 +101,8 @@ def compute_losses(
     predicted = _own(batch.predicted(1), 1, rows, mesh)
     weights = batch.ce_weight[predicted]
     own = hidden[predicted - 1 - rows.start]
-    logprobs = token_logprobs(own, head, batch.tokens[predicted])
-    ce = -(logprobs * weights).sum() / norm
+    said, logprobs = weighted_logprob(own, head, batch.tokens[predicted], weights)
+    ce = -said / norm
     total, kl, mtp = config.ce_weight * ce, torch.zeros(()), torch.zeros(())
     if config.kl_weight:
         assert teacher is not None
@@ -127,7 +127,7 @@ def compute_losses(
         kl=figures[1],
         mtp=figures[2],
         balance=figures[3],
-        logprobs=logprobs.detach(),
+        logprobs=logprobs,
         predicted=predicted,
         routing=routing,  # a copy: what runs again for its gradient notes its routing again
     )
@@ -173,8 +173,11 @@ def _mtp_loss(
         )
         predicted = _own(batch.predicted(depth + 1), depth + 1, rows, model.mesh)
         own = hidden[predicted - depth - 1 - rows.start]
-        logprobs = token_logprobs(own, model.head_weight, batch.tokens[predicted])
-        total = total - (logprobs * batch.ce_weight[predicted]).sum() / norm
+        weights = batch.ce_weight[predicted]
+        total = (
+            total
+            - weighted_logprob(own, model.head_weight, batch.tokens[predicted], weights)[0] / norm
+        )
     return total / depths
 
 
