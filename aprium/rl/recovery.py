@@ -96,8 +96,8 @@ def outside(recipe: RoundsConfig) -> dict[str, tuple[str, Path]]:
     found = {START: recipe.checkpoint}
     for node in recipe.nodes.values():
         for source in (*node.teachers.values(), node.default):
-            inside = {SELF, SOLUTIONS, *recipe.nodes, *recipe.remotes}
-            if source is not None and source not in inside:
+            known = (None, SELF, SOLUTIONS, *recipe.nodes, *recipe.remotes)
+            if source is not None and source not in known:
                 found[source] = source
     place = recipe.output / "shared"
     return {

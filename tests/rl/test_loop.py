@@ -171,7 +171,7 @@ def test_an_episode_without_scores_is_left_out() -> None:
         ({"domains": []}, ConfigError, "domains is empty"),
         ({"domains": [{"name": "a", "family": "nothing"}]}, TaskError, "no environment 'nothing'"),
         ({"credit": {"kl_weight": 1.0}}, ConfigError, r"add a \[teachers\] table"),
-        ({"loss": {"policy": {"distillation": "full"}}}, ConfigError, "use 'sampled'"),
+        ({"loss": {"policy": {"distillation": "full"}}}, ConfigError, r"add a \[teachers\] table"),
         (
             {"loss": {"policy": {"distillation": "top_k"}}, "teachers": {}},
             ConfigError,

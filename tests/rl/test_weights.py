@@ -1,4 +1,4 @@
-"""Weights pushed to an engine: it computes what an engine opened with them computes."""
+"""Weights pushed to an engine: it then computes what an engine opened with them computes."""
 
 import asyncio
 from collections.abc import Mapping
