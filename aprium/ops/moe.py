@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_ROWS = 64  # of an expert, at a time, in bfloat16
+from aprium.ops.matmul import ROW_TILE
+
+_ROWS = 64  # of an expert in bfloat16: a multiple
 
 
 def choose(
@@ -69,10 +71,10 @@ def run_stacked(rows: Tensor, experts: Tensor, up: Tensor, down: Tensor) -> Tens
     in the dtype of `rows`, in which products are computed.
     """
     counts = experts.bincount(minlength=up.shape[0])
-    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu":
-        return _Stacked.apply(rows, up, down, counts.tolist())
-    # Products in bfloat16 are compiled for each shape: rows of zeros fill up, so that it has few.
-    filled = (counts + _ROWS - 1) // _ROWS * _ROWS
+    # Rows of zeros fill up: `ROW_TILE` gives a row the same bits in any company, and a product in
+    # bfloat16 is compiled for each number of rows, so there are to be few.
+    tile = _ROWS if rows.dtype == torch.bfloat16 else ROW_TILE
+    filled = (counts + tile - 1) // tile * tile
     shift = (filled - counts).cumsum(0) - (filled - counts)
     place = torch.arange(len(rows), device=rows.device) + shift[experts]
     wide = _Place.apply(rows, place, int(filled.sum()))

@@ -160,6 +160,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Sequence[Te
         [normal(T, 5), normal(5, 4), normal(5)],
     ),
     "linear": (linear, F.linear, [normal(T, 6), normal(7, 6), normal(7)]),
+    "wide linear": (linear, F.linear, [normal(T, 6), normal(301, 6), normal(301)]),
     "weighted_logprob": (
         lambda h, w: weighted_logprob(h, w, TARGETS, FACTORS.to(h.dtype))[0],
         lambda h, w: (logprob(h, w) * FACTORS).sum(),
