@@ -127,9 +127,7 @@ async def synthetic(draw, mean: float, times, age: int, steps: int) -> tuple[flo
     ages = []
     with tempfile.TemporaryDirectory() as place:
         ledger = Ledger(Path(place))
-        pipeline = Pipeline(
-            stages, lambda n: Item(number=n, domain="d", index=n), ledger, config
-        )
+        pipeline = Pipeline(stages, lambda n: Item(number=n, domain="d", index=n), ledger, config)
         warm = 2 * age + 2  # steps until the pipeline is full
         begun = 0.0
         for step in range(warm + steps):
