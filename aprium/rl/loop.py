@@ -27,6 +27,8 @@ from aprium.engine.policy import EnginePolicy
 from aprium.model.model import HybridModel
 from aprium.parallel.mesh import require_one_process
 from aprium.rl.credit import CreditConfig, Credited, credit
+from aprium.rl.curriculum import CurriculumConfig
+from aprium.rl.deal import Course, Deal, Dealer
 from aprium.rl.evaluate import (
     EvaluateConfig,
     Evaluation,
@@ -37,7 +39,7 @@ from aprium.rl.evaluate import (
 from aprium.rl.figures import Tally
 from aprium.rl.ledger import Item, Ledger, Scores
 from aprium.rl.pipeline import Pipeline, PipelineConfig, Played, Stages
-from aprium.rl.rollout import Deal, DomainConfig, RolloutConfig, Rollouts
+from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts
 from aprium.rl.teachers import Teachers, TeachersConfig, load_models
 from aprium.rl.weights import Weights
 from aprium.train import checkpoint, lora
@@ -61,7 +63,8 @@ class RlConfig:
     engine that plays, such as `max_num_seqs` or `speculative`. `optimizer` "adamw" trains
     everything with `optim.lr`, "muon" matrices with `optim.muon_lr`. `lora` trains adapters beside
     the weights, which may then be quantised. `teachers` score the episodes of domains that name
-    one. Paths are relative to the working directory.
+    one. A `curriculum` goes from easy to hard ones of `rollout.pool` tasks. Paths are relative to
+    the working directory.
     """
 
     output: Path
@@ -82,11 +85,17 @@ class RlConfig:
     engine: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig | None = None
     teachers: TeachersConfig | None = None
+    curriculum: CurriculumConfig | None = None
 
     def __post_init__(self) -> None:
         """Check that there is something to play, and that teachers say what is asked of them."""
         if not self.domains:
             raise ConfigError("domains is empty: name at least one")
+        if self.curriculum is not None and self.rollout.pool is None:
+            raise ConfigError(
+                "[curriculum] draws tasks again by how often they were solved: say of how many "
+                "with rollout.pool"
+            )
         form, teachers = self.loss.policy.distillation, self.teachers
         if form == "full" and teachers is None:
             raise ConfigError(
@@ -142,7 +151,8 @@ def run_config(config: RlConfig) -> Path | None:
         if not trainer.run():
             log.info("stopped at step %d: the same command continues", trainer.progress.step)
             return None
-        learner.finish()
+        if learner.finish():
+            trainer.write_page()
     finally:
         learner.close()
     if adapter is not None:
@@ -163,6 +173,8 @@ class Learner:
         self._config, self._engine, self._weights, self._path = config, engine, weights, path
         self._evaluation = Evaluation(config.domains, config.evaluate) if config.evaluate else None
         self._step = 0  # of the batch to come
+        self._dealer = _dealer(config)
+        self._dealt: dict[str, Any] = {}
         self._tally = Tally()
         self._metrics = MetricsFile(config.output)
         self._pushed: int | None = None
@@ -178,21 +190,23 @@ class Learner:
         return [sample for one in played for sample in one.learnt.samples]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of the next step; the rest is in the ledger."""
-        return {"step": self._step}
+        """Return the number of the next step, and what deals items; the rest is in the ledger."""
+        return {"step": self._step, "dealer": self._dealt}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the batch of a step."""
-        self._step = state["step"]
+        self._step, self._dealt = state["step"], state["dealer"]
+        if self._dealt:
+            self._dealer.load_state_dict(self._dealt)
 
     def figures(self) -> dict[str, Any]:
         """Return what was played since the last call."""
         return self._tally.take()
 
-    def finish(self) -> None:
-        """Evaluate the weights at the end of the run, and write what was found."""
+    def finish(self) -> bool:
+        """Evaluate the weights at the end of the run, if at all, and write what was found."""
         if self._evaluation is None:
-            return
+            return False
         player = self._play()
         player.call(self._evaluate(player, self._step))
         rows = self._metrics.read("accuracy")
@@ -205,6 +219,7 @@ class Learner:
         log.info(
             "held-out accuracy: %.3f before, %.3f after", rows[0]["accuracy"], rows[-1]["accuracy"]
         )
+        return True
 
     def close(self) -> None:
         """Stop everything that was started."""
@@ -214,7 +229,9 @@ class Learner:
 
     def _play(self) -> "_Player":
         if self._player is None:
-            self._player = _Player(self._config, self._engine, self._weights, self._path)
+            self._player = _Player(
+                self._config, self._engine, self._weights, self._path, self._dealer
+            )
             self._pushed = None if self._step else 0  # it begins with these weights, as version 0
         return self._player
 
@@ -225,13 +242,22 @@ class Learner:
             player.ledger.compact(int(kept[0].name.removeprefix("step-")))
         if config is not None and (not step or (config.every and step % config.every == 0)):
             await self._evaluate(player, step)
-        if step not in player.ledger.batches:
+        recorded = player.ledger.batches.get(step)
+        if recorded is None:
             await self._push(player, step)
-        return await player.pipeline.next_batch(step)
+        else:  # deal as was dealt when the batch was made, to go on from there
+            pipeline = self._config.pipeline
+            most = pipeline.groups_per_step * (step + pipeline.max_age + 1)
+            self._dealer(max(most, *(number + 1 for number in recorded)) - 1)
+        played = await player.pipeline.next_batch(step)
+        self._dealer.see((one.item, one.group) for one in played)
+        self._dealt = self._dealer.state_dict()
+        return played
 
     async def _push(self, player: "_Player", step: int) -> None:
         if self._pushed != step:
-            await self._weights.push(player.engine, step)
+            recompute = self._config.rollout.recompute
+            await self._weights.push(player.engine, step, recompute=recompute)
             self._pushed = step
 
     async def _evaluate(self, player: "_Player", step: int) -> None:
@@ -246,11 +272,26 @@ class Learner:
             log.info("step %d: %s %.3f +- %.3f", step, name, one.accuracy, one.standard_error)
 
 
+def _dealer(config: RlConfig) -> Dealer:
+    """Return what deals items."""
+    shares = {domain.name: domain.weight for domain in config.domains}
+    if config.curriculum is None:
+        return Deal(shares, config.rollout.pool)
+    assert config.rollout.pool is not None
+    size = config.pipeline.groups_per_step
+    return Course(shares, config.rollout.pool, size, config.curriculum)
+
+
 class _Player:
     """The thread in which episodes are played, with its event loop, engine, books and pipeline."""
 
     def __init__(
-        self, config: RlConfig, engine: EngineConfig, weights: Weights, path: Path
+        self,
+        config: RlConfig,
+        engine: EngineConfig,
+        weights: Weights,
+        path: Path,
+        dealer: Dealer,
     ) -> None:
         with contextlib.ExitStack() as undone:
             self.ledger = Ledger(config.output)
@@ -263,13 +304,12 @@ class _Player:
             self._rollouts = Rollouts(config.domains, config.rollout, policy, self.chat)
             self._credit = config.credit
             self._full = config.loss.policy.distillation == "full"
-            shares = {domain.name: domain.weight for domain in config.domains}
             stages = Stages(
                 generate=self._generate,
                 credit=self._learn,
                 score=self._score if self._teachers is not None else None,
             )
-            self.pipeline = Pipeline(stages, Deal(shares), self.ledger, config.pipeline)
+            self.pipeline = Pipeline(stages, dealer, self.ledger, config.pipeline)
             undone.pop_all()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="aprium-rl")
@@ -357,7 +397,9 @@ def _open_teachers(config: RlConfig, path: Path) -> Teachers | None:
         return None  # the trainer has them
     routes = {domain.name: domain.teacher for domain in config.domains}
     if config.teachers is not None:
-        teachers = Teachers(config.teachers, student=path, routes=routes)
+        longest = config.teachers.max_model_len or config.rollout.episode_tokens
+        sized = replace(config.teachers, max_model_len=longest)  # states of no more than is asked
+        teachers = Teachers(sized, student=path, routes=routes)
         for name in routes:
             weight = config.credit.kl_weights.get(name, config.credit.kl_weight)
             if weight and teachers.teacher_of(name) is None:

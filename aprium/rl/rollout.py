@@ -8,7 +8,7 @@ engine reads their first prompt once, for all of them.
 import asyncio
 import contextlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,7 +62,10 @@ class RolloutConfig:
     """How tasks are played: in groups of `group_size`, sampled with `temperature`.
 
     A turn has at most `max_tokens` tokens, an episode `episode_tokens` (prompts included),
-    `max_turns` turns and `deadline_s` seconds. `seed` is of tasks and of sampling.
+    `max_turns` turns and `deadline_s` seconds. `seed` is of tasks and of sampling. There are `pool`
+    tasks of each domain, which come again and again (None: always new ones). Episodes under way
+    when the weights change go on from their states, or with `recompute` from states of the new
+    weights.
     """
 
     group_size: int = 8
@@ -73,9 +76,13 @@ class RolloutConfig:
     max_turns: int = 16
     deadline_s: float = 600.0
     seed: int = 0
+    pool: int | None = None
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        if self.pool is not None and self.pool < 1:
+            raise ConfigError(f"rollout.pool is {self.pool}: it must be positive")
         for name in ("group_size", "max_tokens", "episode_tokens", "max_turns"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name} is {getattr(self, name)}: it must be positive")
@@ -92,31 +99,6 @@ class RolloutConfig:
         return Limits(
             max_tokens=self.episode_tokens, max_turns=self.max_turns, deadline_s=self.deadline_s
         )
-
-
-class Deal:
-    """Which item is of which domain: in shares of the weights, however few items are looked at.
-
-    Each item goes to the domain that is furthest behind its share.
-    """
-
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self._weights = {name: weight for name, weight in weights.items() if weight > 0}
-        if not self._weights:
-            raise ConfigError("no domain has a weight above 0: give one to those to train on")
-        self._counts = dict.fromkeys(self._weights, 0)
-        self._items: list[Item] = []
-
-    def __call__(self, number: int) -> Item:
-        """Return item `number`."""
-        total = sum(self._weights.values())
-        while len(self._items) <= number:
-            at = len(self._items)
-            shares = {n: (at + 1) * w / total - self._counts[n] for n, w in self._weights.items()}
-            name = max(shares, key=lambda name: shares[name])
-            self._items.append(Item(number=at, domain=name, index=self._counts[name]))
-            self._counts[name] += 1
-        return self._items[number]
 
 
 class Rollouts:
@@ -161,7 +143,7 @@ class Rollouts:
 
 
 @contextlib.asynccontextmanager
-async def forked(policy: Policy, size: int, seed: int):
+async def forked(policy: Policy, size: int, seed: int) -> AsyncIterator[list[Policy]]:
     """Give `size` policies to the episodes of a group, which read their first prompt once.
 
     Continuation i of that prompt goes to policy i. Any policy but an engine's is given as it is.

@@ -342,6 +342,7 @@ def measure(stage: Stage, start: str) -> dict[str, Support]:
     rollout = dataclasses.replace(stage.rollout(), seed=stage.seed + _MEASURED)
     played = demonstrations.play_checkpoint(start, domains, rollout, config.rollouts)
     options = settings(stage.recipe, stage.name).get("teachers", {})
+    options = {"max_model_len": rollout.episode_tokens, **options}
     found = asyncio.run(
         score_support(
             played,

@@ -11,7 +11,7 @@ teacher's probability lies where the student looks at all.
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -161,12 +161,10 @@ async def score_support(
 
     Domains without a teacher, and trajectories that it could not score, are left out.
     """
-    from dataclasses import replace
-
-    teachers = replace(teachers, top=config.top)
+    asked = replace(teachers, top=config.top, strict=False)
     found: list[list[TeacherScores | None]] = []
     for some in (routes, dict.fromkeys(routes, SELF)):
-        opened = Teachers(replace(teachers, strict=False), student=student, routes=some)
+        opened = Teachers(asked, student=student, routes=some)
         try:
             found.append(list(await asyncio.gather(*map(opened.score, trajectories))))
         finally:

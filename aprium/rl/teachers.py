@@ -1,11 +1,9 @@
 """Teachers: any number of models that say how likely they find what the student wrote.
 
 Each domain has one teacher: a checkpoint, a LoRA adapter over one, a model on a server, or the
-student itself as it was. Checkpoints are opened when first asked, once for all who name the same
-directory, and the least recently used one is closed where memory is short. Adapters over one base
-share its weights in memory: between two batches the matrices that they change are replaced, with
-the very values that a merged checkpoint has. What waits for the same weights is scored together.
-A server that fails or is slow costs scores, never the trajectory; one that fails all the time is an
+student itself as it was. What waits for the same weights is scored together, so that engines (see
+`rl/residents.py`) are opened, and switched from one adapter to another, as seldom as may be. A
+server that fails or is slow costs scores, never the trajectory; one that fails all the time is an
 error.
 """
 
@@ -14,34 +12,26 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx2
-from torch import Tensor
 
 from aprium.base.errors import ApriumError, ConfigError, EngineError, RequestError
 from aprium.base.log import get_logger
-from aprium.base.memory import available_bytes
-from aprium.base.records import SamplingParams, TeacherScores, TopLogprobs, Trajectory
+from aprium.base.records import TeacherScores, Trajectory
 from aprium.checkpoint.hub import resolve
-from aprium.checkpoint.load import load_checkpoint, update_weights
-from aprium.engine.client import AsyncEngine
-from aprium.engine.config import EngineConfig
-from aprium.engine.engine import Engine
+from aprium.checkpoint.load import load_checkpoint
 from aprium.model.model import HybridModel
-from aprium.quantize.merge import Overlay
+from aprium.rl.residents import Base, Residents, Scores, TeacherWeights
 from aprium.serve.remote import RemotePolicy
 from aprium.text.tokenizer import Tokenizer
 from aprium.train import lora
 
 log = get_logger("rl")
 SELF = "self"  # the student as it is at the start of a round, as its own teacher
-_SWITCHED_BYTES = 64 << 20  # of an adapter's matrices in memory beside those they replace
 _PROBED = 512  # tokens that a server is asked to encode, to see that it has the student's
-Scores = tuple[Sequence[float | None], Sequence[TopLogprobs | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +152,17 @@ class Teachers:
         used = {name for name in self._routes.values() if name is not None}
         self._student = resolve(student)
         self._tokenizer = Tokenizer.load(self._student)
-        self.local: dict[str, _Weights] = {}  # those in this process
+        self.local: dict[str, TeacherWeights] = {}  # those in this process
         self._remote: dict[str, _Remote] = {}
         for name in sorted(used):
             self._place(name, known)
         adapted = {weights.base for weights in self.local.values() if weights.adapter}
-        self._residents = _Residents(config, adapted)
+        self._residents = Residents(
+            adapted,
+            memory_bytes=config.memory_bytes,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+        )
         self._tallies = {name: _Tally() for name in used}
         self._waiting: deque[_Job] = deque()
         self._worker: asyncio.Task[None] | None = None
@@ -206,7 +201,7 @@ class Teachers:
                 f"({self._student}): token {different} is {other!r} there and {mine!r} here; a "
                 "teacher must share the student's vocabulary"
             )
-        self.local[name] = _Weights(base.resolve(), teacher.adapter)
+        self.local[name] = TeacherWeights(base.resolve(), teacher.adapter)
 
     def teacher_of(self, domain: str) -> str | None:
         """Return the name of the teacher of `domain`; raises ConfigError for an unknown domain."""
@@ -256,7 +251,7 @@ class Teachers:
                 "that, then give the same command again"
             ) from error
 
-    async def _enqueue(self, weights: "_Weights", tokens: Sequence[int]) -> Scores:
+    async def _enqueue(self, weights: "TeacherWeights", tokens: Sequence[int]) -> Scores:
         job = _Job(weights, tokens, asyncio.get_running_loop().create_future())
         self._waiting.append(job)
         if self._worker is None or self._worker.done():
@@ -280,7 +275,7 @@ class Teachers:
                 continue
             await asyncio.gather(*(self._score(base, job) for job in mine))
 
-    async def _score(self, base: "_Base", job: "_Job") -> None:
+    async def _score(self, base: "Base", job: "_Job") -> None:
         try:
             found = await base.score(job.tokens, self._config.top)
         except Exception as error:
@@ -327,7 +322,7 @@ def load_models(
     Each stays in the formats of its file. Raises ConfigError for a domain without one, or one on a
     server.
     """
-    found: dict[_Weights, HybridModel] = {}
+    found: dict[TeacherWeights, HybridModel] = {}
     models = {}
     known = Teachers(config, student=student, routes=routes)
     for domain in routes:
@@ -348,144 +343,17 @@ def load_models(
     return models
 
 
-class _Weights(NamedTuple):
-    """What an engine has to hold to score: a base, and the adapter over it if any."""
-
-    base: Path
-    adapter: Path | None
-
-
 @dataclass(eq=False)
 class _Job:
     """A sequence to score, and where the scores go."""
 
-    weights: _Weights
+    weights: TeacherWeights
     tokens: Sequence[int]
     future: "asyncio.Future[Scores]"
 
     def fail(self, error: Exception) -> None:
         if not self.future.done():
             self.future.set_exception(error)
-
-
-class _Residents:
-    """The open engines, least recently used first, within a bound of memory."""
-
-    def __init__(self, config: TeachersConfig, adapted: Iterable[Path]) -> None:
-        self._config, self._adapted = config, frozenset(adapted)
-        self._limit = config.memory_bytes
-        self._open: dict[Path, _Base] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(base.num_bytes for base in self._open.values())
-
-    async def get(self, weights: _Weights) -> "_Base":
-        """Return the engine of `weights`, opened and switched; nothing else may be under way."""
-        base = self._open.pop(weights.base, None)
-        if base is None:
-            if self._limit is None:
-                self._limit = available_bytes() // 2
-            overlay = Overlay(weights.base)
-            await self._make_room(overlay.num_bytes)
-            base = _Base(weights.base, overlay, self._config, weights.base in self._adapted)
-            await base.open()
-            try:
-                await self._make_room(base.num_bytes)
-            except ConfigError:
-                await base.close()
-                raise
-        self._open[weights.base] = base
-        try:
-            await base.switch(weights.adapter)
-        except BaseException:  # half of the matrices may be the other adapter's
-            await self._open.pop(weights.base).close()
-            raise
-        return base
-
-    async def _make_room(self, num_bytes: int) -> None:
-        assert self._limit is not None
-        if num_bytes > self._limit:
-            raise ConfigError(
-                f"a teacher takes {num_bytes} bytes and teachers.memory_bytes is {self._limit}: "
-                "raise it, or lower teachers.max_num_seqs or teachers.max_model_len"
-            )
-        while self._open and self.num_bytes + num_bytes > self._limit:
-            oldest = next(iter(self._open))
-            log.info("closing teacher %s to make room", oldest)
-            await self._open.pop(oldest).close()
-
-    async def close(self) -> None:
-        for base in self._open.values():
-            await base.close()
-        self._open.clear()
-
-
-class _Base:
-    """An engine over one base, with at most one adapter's changes in its weights."""
-
-    def __init__(self, path: Path, overlay: Overlay, config: TeachersConfig, adapted: bool) -> None:
-        self._path, self._overlay, self._config = path, overlay, config
-        self._adapted = adapted
-        self._engine: AsyncEngine | None = None
-        self._adapter: Path | None = None
-        self._changed: tuple[str, ...] = ()  # tensors that are not the base's own
-
-    async def open(self) -> None:
-        config = EngineConfig(
-            model=str(self._path),
-            load="memory" if self._adapted else "auto",
-            max_num_seqs=self._config.max_num_seqs,
-            max_model_len=self._config.max_model_len,
-            enable_prefix_caching=False,  # scores need every position of a prompt computed
-            prefix_cache_ram_bytes=0,
-        )
-        self._engine = await asyncio.to_thread(AsyncEngine, config)
-
-    @property
-    def num_bytes(self) -> int:
-        assert self._engine is not None
-        stats = self._engine.stats()
-        return self._overlay.num_bytes + stats.kv_bytes + stats.state_bytes
-
-    async def switch(self, adapter: Path | None) -> None:
-        """Make the weights those of `adapter` over the base, or of the base alone."""
-        if adapter == self._adapter:
-            return
-        assert self._engine is not None
-        merged = self._overlay.changed(adapter) if adapter is not None else {}
-        stale = (name for name in self._changed if name not in merged)
-        values: dict[str, Callable[[], Tensor]] = {
-            name: lambda name=name: self._overlay.original(name) for name in stale
-        }
-        await self._engine.call(lambda engine: _replace(engine, values | merged))
-        self._adapter, self._changed = adapter, tuple(merged)
-
-    async def score(self, tokens: Sequence[int], top: int) -> Scores:
-        assert self._engine is not None
-        params = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=top)
-        async for completion in self._engine.generate(tokens, params):
-            if completion.finish is not None and completion.prompt_logprobs is not None:
-                return completion.prompt_logprobs, completion.prompt_top_logprobs or ()
-        raise EngineError(f"the engine of {self._path} ended without scores")
-
-    async def close(self) -> None:
-        if self._engine is not None:
-            await self._engine.close()
-            self._engine = None
-
-
-def _replace(engine: Engine, values: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Put tensors in the place of those loaded, a few at a time, in the engine's thread."""
-    part: dict[str, Tensor] = {}
-    size = 0
-    for name, make in values.items():
-        part[name] = value = make()
-        size += value.nbytes
-        if size >= _SWITCHED_BYTES:
-            update_weights(engine.checkpoint, part)
-            part, size = {}, 0
-    engine.update_weights(part)  # and forget what was computed with the weights before
 
 
 class _Remote:

@@ -24,6 +24,9 @@ Figures = Mapping[str, Any]
 _ROWS = (
     ("loss", "loss"),
     ("policy loss", "rl_loss"),
+    ("reward", "reward"),
+    ("sampled tokens an episode", "length"),
+    ("steps that weights are old", "age"),
     ("mtp loss", "mtp_loss"),
     ("gradient norm", "grad_norm"),
     ("MaxVio", "max_vio"),
@@ -76,8 +79,8 @@ class TrainingProgress:
         if self._console.is_terminal:
             self._live.update(Group(self._bar, _table(figures, heldout)))
         elif step % 20 == 0 or step == total:
-            loss = figures.get("rl_loss", figures["loss"])
-            text = f"step {step}/{total}  loss {loss:.3f}"
+            name = next(n for n in ("reward", "rl_loss", "loss") if n in figures)
+            text = f"step {step}/{total}  {name.replace('_', ' ')} {figures[name]:.3f}"
             if heldout is not None:
                 text += f"  held-out {heldout['loss']:.3f}"
             text += f"  {figures['tokens_per_s']:.0f} tok/s{self._left()}"
@@ -106,17 +109,26 @@ def _table(figures: Figures, heldout: Figures | None) -> Table:
 
 
 def write_page(
-    train: Sequence[Figures], heldout: Sequence[Figures], recipe: str, directory: Path
+    train: Sequence[Figures],
+    heldout: Sequence[Figures],
+    recipe: str,
+    directory: Path,
+    accuracy: Sequence[Figures] = (),
 ) -> None:
-    """Write `report.html`, which needs no other file, and its first picture as `loss.png`."""
+    """Write `report.html`, which needs no other file, and its first picture as `loss.png`.
+
+    Where there are rewards, that picture is of them, and of held-out `accuracy`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    losses, monitors = _draw_losses(train, heldout), _draw_monitors(train)
+    figures = [_draw_losses(train, heldout), _draw_monitors(train)]
+    if any("reward" in row for row in train):
+        figures[0] = _draw_rewards(train, accuracy)
     pictures = ""
-    for figure in (losses, monitors):
+    for figure in figures:
         stream = io.StringIO()
         figure.savefig(stream, format="svg")
         pictures += stream.getvalue()[stream.getvalue().index("<svg") :]
@@ -131,7 +143,7 @@ def write_page(
     )
     _replace(directory / "report.html", page.encode())
     picture = io.BytesIO()
-    losses.savefig(picture, format="png", dpi=110)
+    figures[0].savefig(picture, format="png", dpi=110)
     _replace(directory / "loss.png", picture.getvalue())
     pyplot.close("all")
 
@@ -152,6 +164,27 @@ def _draw_losses(train: Sequence[Figures], heldout: Sequence[Figures]) -> Any:
     _lines(right, heldout, "domains")
     _finish(figure, ((left, "loss per token (nats)"), (right, "held-out loss by domain")))
     return figure
+
+
+def _draw_rewards(train: Sequence[Figures], accuracy: Sequence[Figures]) -> Any:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9))
+    (rewards, heldout), (lengths, policy) = axes
+    _lines(rewards, train, "rewards")
+    _lines(heldout, [_means(row) for row in accuracy], "means")
+    _lines(lengths, train, "lengths")
+    _lines(policy, train, "policy")
+    _line(policy, train, "age", "age of weights (steps)")
+    titles = ("reward by domain", "held-out accuracy", "sampled tokens an episode", "policy")
+    axes = (rewards, heldout, lengths, policy)
+    _finish(figure, list(zip(axes, titles, strict=True)), scale="linear")
+    return figure
+
+
+def _means(row: Figures) -> Figures:
+    means = {name: one["accuracy"] for name, one in row["domains"].items()}
+    return {"step": row["step"], "means": means}
 
 
 def _draw_monitors(train: Sequence[Figures]) -> Any:
@@ -179,14 +212,15 @@ def _lines(axis: Any, rows: Sequence[Figures], key: str) -> None:
     names = sorted({name for row in rows for name in row.get(key, {})})
     for name in names:
         points = [(row["step"], row[key][name]) for row in rows if name in row.get(key, {})]
-        axis.plot(*zip(*points, strict=True), label=name, alpha=0.8)
+        marker = "." if len(points) < 20 else None
+        axis.plot(*zip(*points, strict=True), marker=marker, label=name, alpha=0.8)
 
 
-def _finish(figure: Any, titled: Sequence[tuple[Any, str]]) -> None:
+def _finish(figure: Any, titled: Sequence[tuple[Any, str]], scale: str = "log") -> None:
     for axis, title in titled:
         axis.set_xlabel("step")
         axis.set_title(title)
-        axis.set_yscale("log")
+        axis.set_yscale(scale)
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize=7)

@@ -270,13 +270,18 @@ class Trainer:
                 self._heldout = self.evaluate()
                 self._write_metrics("heldout", self._heldout)
             if self.mesh.leads:
-                train, heldout = (self.metrics.read(kind) for kind in ("train", "heldout"))
-                write_page(train, heldout, self.recipe, self.output)
+                self.write_page()
         # What may be the beginning of a divergence is nothing to go back to.
         whole = not self.spikes.num_above and progress.step < self.last_step
         if progress.step % config.checkpoint_every == 0 and whole:
             self.save()
         bar.update(progress.step, self.last_step, figures, self._heldout)
+
+    def write_page(self) -> None:
+        """Write the page of the run, as far as it is."""
+        kinds = ("train", "heldout", "accuracy")
+        train, heldout, accuracy = (self.metrics.read(kind) for kind in kinds)
+        write_page(train, heldout, self.recipe, self.output, accuracy)
 
     def _recover(self, cause: DivergenceError) -> None:
         """Go back to the last checkpoint, and on with the data after those that diverged."""

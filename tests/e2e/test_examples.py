@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
         ("mopd", "student      add"),
         ("plan", "cheapest"),
         ("quantise", "perplexity"),
+        ("rl", "weights 1.0 steps old"),
         ("rollouts", "rewards [1.0"),
         ("serve", "\n"),
         ("sessions", "came from disk"),
@@ -25,7 +26,8 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_example(name: str, shows: str, tmp_path: Path) -> None:
-    arguments = [str(tmp_path)] if name in ("train", "quantise", "lora", "mopd") else []
+    writes = name in ("train", "quantise", "lora", "mopd", "rl")
+    arguments = [str(tmp_path)] if writes else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments],

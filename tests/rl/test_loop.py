@@ -11,13 +11,17 @@ from safetensors.torch import load_file
 
 from aprium.base.errors import ConfigError, EngineError, TaskError
 from aprium.base.records import Group, TeacherScores, Trajectory
+from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
+from aprium.model.layout import Layout
 from aprium.rl.credit import CreditConfig
 from aprium.rl.ledger import Ledger
 from aprium.rl.loop import learn, run_config
+from aprium.rl.teachers import load_models
 from aprium.train.metrics import MetricsFile
 from aprium.train.trainer import Trainer
-from tests.rl.conftest import recipe
+from tests.rl.conftest import RECIPE, recipe
+from tests.rl.test_teachers import write_adapter
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -73,6 +77,22 @@ def test_in_turns_a_run_is_reproducible_and_resumes_bit_for_bit(tmp_path: Path) 
     run_config(cut)
     assert same(weights(cut.output, 4), wanted)
     check_books(cut.output, 4)
+
+
+@pytest.mark.usefixtures("no_page")
+def test_a_curriculum_goes_on_where_it_was(tmp_path: Path) -> None:
+    changes = {"rollout": {"pool": 4}, "curriculum": {"steps": 3}, "evaluate": None}
+    config = recipe(tmp_path / "out", **changes)
+    run_config(config)
+    wanted = weights(config.output, 4)
+    shutil.rmtree(config.output / "step-000004")
+    lines = (config.output / "ledger.jsonl").read_text().splitlines(keepends=True)
+    trained = [i for i, line in enumerate(lines) if '"trained", "step": 2' in line]
+    (config.output / "ledger.jsonl").write_text("".join(lines[: trained[0] + 1]))
+    run_config(config)  # step 2 again as it was, step 3 dealt anew
+    assert same(weights(config.output, 4), wanted)
+    items = [json.loads(line) for line in lines if '"issued"' in line]
+    assert max(item["index"] for item in items) < 4
 
 
 @pytest.mark.usefixtures("no_page")
@@ -177,6 +197,7 @@ def test_an_episode_without_scores_is_left_out() -> None:
             ConfigError,
             "with teachers.top",
         ),
+        ({"curriculum": {"steps": 3}}, ConfigError, "with rollout.pool"),
         ({"rollout": {"temperature": 0.0}}, ConfigError, "episodes of a group must differ"),
         ({"engine": {"max_num_sequences": 4}}, ConfigError, "unknown key engine.max_num_sequences"),
         (
@@ -201,3 +222,61 @@ def test_what_cannot_be_done_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         run_config(recipe(tmp_path / "out", **changes))
+
+
+@pytest.mark.usefixtures("no_page")
+def test_every_form_of_distillation_is_that_of_the_domains_teacher(tmp_path: Path) -> None:
+    adapter = write_adapter(PICO_DIR, tmp_path / "adapter", ("mlp", "mamba_in"), 0, size=0.2)
+    listed = [{"name": "t", "checkpoint": "pico", "adapter": str(adapter)}]
+    first, second = RECIPE["domains"]
+    found: dict[str, Any] = {}
+    for form in ("sampled", "top_k", "full"):
+        config = recipe(
+            tmp_path / form,
+            domains=[{**first, "teacher": "t"}, {**second, "teacher": "self"}],
+            trainer={"steps": 1},
+            pipeline={"groups_per_step": 6},
+            rollout={"group_size": 1},
+            credit={"kl_weight": 1.0, "reward_weight": 0.0},
+            loss={"policy": {"distillation": form}},
+            teachers={"teachers": listed, "top": 0 if form == "full" else 8},
+            evaluate=None,
+        )
+        run_config(config)
+        (found[form],) = MetricsFile(config.output).read("train")
+        ledger = Ledger(config.output)
+        played = [t for e in ledger.entries.values() if e.group for t in e.group.trajectories]
+        ledger.close()
+    # The same tokens under both models, one episode after the other.
+    assert config.teachers is not None
+    models = load_models(config.teachers, "pico", {"add": "t", "next": "self"})
+    gaps, divergences = [], []
+    for episode in played:
+        at = [i for i, sampled in enumerate(episode.sampled) if sampled]
+        tokens, layout = torch.tensor(episode.tokens), Layout.packed([len(episode.tokens)])
+        with torch.no_grad():
+            mine, theirs = (
+                m.logits(m(tokens, layout)).double().log_softmax(-1)[[i - 1 for i in at]]
+                for m in (models["next"], models[episode.domain])
+            )
+        gaps += (mine - theirs).gather(1, tokens[at][:, None])[:, 0].tolist()
+        divergences += (mine.exp() * (mine - theirs)).sum(1).tolist()
+    mean = sum(divergences) / len(divergences)
+    assert mean > 0.1
+    assert found["full"]["kl"] == pytest.approx(mean, rel=1e-3)
+    assert 0.1 * mean < found["top_k"]["kl"] < mean  # all but a few tokens are one bucket there
+    gap = found["sampled"]["policy"]["teacher_gap"]
+    assert gap == pytest.approx(sum(gaps) / len(gaps), rel=1e-3)
+
+
+def test_whole_distributions_need_teachers_in_the_process(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'full'.* add a .teachers. table"):
+        recipe(tmp_path / "out", loss={"policy": {"distillation": "full"}})
+    remote = {"name": "t", "remote": {"url": "http://there", "model": "m"}}
+    config = recipe(
+        tmp_path / "out",
+        loss={"policy": {"distillation": "full"}},
+        teachers={"teachers": [remote], "default": "t"},
+    )
+    with pytest.raises(ConfigError, match="the teacher of 'add' is 't', which is on a server"):
+        run_config(config)

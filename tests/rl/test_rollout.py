@@ -6,20 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aprium.base.errors import ConfigError, RequestError
-from aprium.base.records import Group, SamplingParams
+from aprium.base.records import Group, SamplingParams, Trajectory
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
 from aprium.engine.policy import EnginePolicy
 from aprium.engine.speculative import SpeculativeConfig
 from aprium.envs.dialogue import ChatFormat
+from aprium.model.model import HybridModel
 from aprium.rl.evaluate import chat_format
 from aprium.rl.ledger import Item
-from aprium.rl.rollout import Deal, DomainConfig, RolloutConfig, Rollouts, forked
+from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts, forked
 from aprium.rl.weights import Weights
 from aprium.train.sft import open_model, read_text
 
@@ -53,26 +52,6 @@ def play(engine: AsyncEngine, items: list[Item], *domains: DomainConfig) -> list
         return list(await asyncio.gather(*map(rollouts.play, items)))
 
     return asyncio.run(go())
-
-
-@given(
-    st.dictionaries(st.sampled_from("abcdef"), st.floats(0.05, 1.0), min_size=1),
-    st.integers(0, 60),
-)
-def test_domains_have_their_shares_of_any_beginning(weights: dict[str, float], count: int) -> None:
-    deal = Deal(weights)
-    items = [deal(number) for number in range(count)]
-    total = sum(weights.values())
-    for name, weight in weights.items():
-        mine = [item.index for item in items if item.domain == name]
-        assert abs(len(mine) - count * weight / total) < len(weights)
-        assert mine == list(range(len(mine)))
-    assert [Deal(weights)(item.number) for item in reversed(items)] == items[::-1]
-
-
-def test_without_a_weight_there_is_nothing_to_deal() -> None:
-    with pytest.raises(ConfigError, match="no domain has a weight"):
-        Deal({"a": 0.0})
 
 
 def test_an_item_is_played_the_same_again_and_its_episodes_differ(engine: AsyncEngine) -> None:
@@ -139,7 +118,10 @@ def test_a_fork_answers_as_the_policy_does(engine: AsyncEngine) -> None:
     asyncio.run(go())
 
 
-def test_new_weights_go_into_running_episodes_and_spans_say_so(weights: Weights) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_new_weights_go_into_running_episodes_and_spans_say_so(
+    weights: Weights, recompute: bool
+) -> None:
     """Tokens after a push come from the new weights, those before from the old."""
     engine = make_engine(weights)
     long = DomainConfig(name="add", family="exercises", options={"families": ["add"]})
@@ -153,7 +135,7 @@ def test_new_weights_go_into_running_episodes_and_spans_say_so(weights: Weights)
         with torch.no_grad():
             for parameter in weights._parameters.values():
                 parameter.mul_(1.01)
-        await weights.push(engine, 7)
+        await weights.push(engine, 7, recompute=recompute)
         group = await task
         await engine.close()
         return group
@@ -165,30 +147,32 @@ def test_new_weights_go_into_running_episodes_and_spans_say_so(weights: Weights)
         assert [version for version, _ in trajectory.weight_spans] in ([0], [0, 7])
         versions.update(dict(trajectory.weight_spans))
     assert versions[0] > 0 and versions[7] > 0
-    _check_versions(group, weights)
+    for i, trajectory in enumerate(group.trajectories):
+        old, new = (score(w, trajectory) for w in (Weights(original()), weights))
+        places = [t for t, sampled in enumerate(trajectory.sampled) if sampled]
+        count = trajectory.weight_spans[0][1]
+        for t in places[:count]:
+            assert trajectory.logprobs[t] == pytest.approx(old[t], abs=1e-5), i
+        # Later ones are the new weights' own, of states of their own if those were computed anew.
+        gaps = [abs(trajectory.logprobs[t] - (new[t] or 0.0)) for t in places[count:]]
+        assert (max(gaps, default=0.0) < 1e-5) == (recompute or not gaps), i
 
 
-def _check_versions(group: Group, weights: Weights) -> None:
-    """Score the tokens of the first version with the old weights."""
-    old = Weights(open_model(PICO_DIR, read_text(PICO_DIR)))
-    engine = make_engine(old)
-    chat_format(engine)
+def original() -> HybridModel:
+    return open_model(PICO_DIR, read_text(PICO_DIR))
 
-    async def go() -> None:
-        policy = EnginePolicy(engine)
-        for trajectory in group.trajectories:
-            scores = await policy.score(trajectory.tokens)
-            places = [t for t, sampled in enumerate(trajectory.sampled) if sampled]
-            count = trajectory.weight_spans[0][1]
-            for t in places[:count]:
-                assert trajectory.logprobs[t] == pytest.approx(scores[t], abs=1e-5)
-            if len(trajectory.weight_spans) == 2:
-                assert any(
-                    abs(trajectory.logprobs[t] - (scores[t] or 0)) > 1e-4 for t in places[count:]
-                )
-        await engine.close()
 
-    asyncio.run(go())
+def score(weights: Weights, trajectory: Trajectory) -> list[float | None]:
+    """Return what an engine with `weights` makes of all tokens."""
+    engine = make_engine(weights)
+
+    async def go() -> list[float | None]:
+        try:
+            return await EnginePolicy(engine).score(trajectory.tokens)
+        finally:
+            await engine.close()
+
+    return asyncio.run(go())
 
 
 def test_two_domains_of_one_name_are_refused() -> None:

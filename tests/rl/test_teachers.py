@@ -18,10 +18,17 @@ from aprium.checkpoint.load import load_checkpoint
 from aprium.checkpoint.save import save_checkpoint
 from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
+from aprium.model.layout import Layout
 from aprium.quantize import pipeline, recipes
 from aprium.quantize.merge import merge
-from aprium.rl import teachers as module
-from aprium.rl.teachers import RemoteConfig, TeacherConfig, Teachers, TeachersConfig
+from aprium.rl import residents
+from aprium.rl.teachers import (
+    RemoteConfig,
+    TeacherConfig,
+    Teachers,
+    TeachersConfig,
+    load_models,
+)
 from aprium.serve.app import create_app
 from aprium.serve.service import ServeConfig
 from aprium.text.tokenizer import Tokenizer
@@ -69,13 +76,15 @@ def expected(model: Path, items: Sequence[Trajectory]) -> list[tuple[float, ...]
     return [(0.0, *(v for v in values if v is not None)) for values in found]
 
 
-def write_adapter(base: Path, directory: Path, targets: tuple[str, ...], seed: int) -> Path:
+def write_adapter(
+    base: Path, directory: Path, targets: tuple[str, ...], seed: int, size: float = 0.05
+) -> Path:
     model = load_checkpoint(base, load="memory").model
     adapter = lora.attach(model, LoraConfig(r=4, alpha=8.0, targets=targets))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in adapter.parameters().values():
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+            value.copy_(torch.randn(value.shape, generator=generator) * size)
     lora.save(adapter, directory, base=base)
     return directory
 
@@ -99,13 +108,13 @@ def test_adapters_over_one_base_score_as_their_merged_checkpoints_do(
         merge(base, adapter, tmp_path / f"{adapter.name}-merged", requantize=base != PICO_DIR)
     opened, switched = [], []
     for name, seen in (("open", opened), ("switch", switched)):
-        real = getattr(module._Base, name)
+        real = getattr(residents.Base, name)
 
         async def spy(self, *args, real=real, seen=seen):
             seen.append(args)
             await real(self, *args)
 
-        monkeypatch.setattr(module._Base, name, spy)
+        monkeypatch.setattr(residents.Base, name, spy)
     config = TeachersConfig(
         teachers=(
             TeacherConfig(name="one", checkpoint=str(base), adapter=one),
@@ -217,6 +226,31 @@ def test_teachers_that_name_one_directory_are_one_engine_and_self_is_the_student
             assert value <= max(top.values()) + 1e-6
 
     asyncio.run(run())
+
+
+def test_models_of_teachers_are_loaded_once_each_with_their_adapters(tmp_path: Path) -> None:
+    adapter = write_adapter(PICO_DIR, tmp_path / "x", ("mlp",), 0)
+    config = TeachersConfig(
+        teachers=(
+            TeacherConfig(name="x", checkpoint="pico", adapter=adapter),
+            TeacherConfig(name="y", checkpoint="pico"),
+        )
+    )
+    found = load_models(config, "pico", {"a": "x", "b": "y", "c": "self", "d": "x"})
+    assert found["a"] is found["d"] and found["b"] is found["c"] is not found["a"]
+    assert not any(p.requires_grad for model in found.values() for p in model.parameters())
+    merge(PICO_DIR, adapter, tmp_path / "merged")
+    tokens = torch.tensor(trajectory(TEXTS[0]).tokens)
+    layout = Layout.packed([len(tokens)])
+    merged = load_checkpoint(tmp_path / "merged").model
+    with torch.no_grad():
+        mine, plain, wanted = (
+            model.logits(model(tokens, layout)) for model in (found["a"], found["b"], merged)
+        )
+    # The merged weights are rounded to BF16, which is far less than what the adapter changes.
+    assert (mine - wanted).abs().max() < 0.1 * (plain - wanted).abs().max()
+    with pytest.raises(ConfigError, match="the teacher of 'a' is none"):
+        load_models(config, "pico", {"a": None})
 
 
 def test_a_server_scores_as_the_engine_here_does() -> None:
