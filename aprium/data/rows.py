@@ -7,6 +7,7 @@ reading stays local and the place in the order is one number. Nothing here knows
 """
 
 import bisect
+import hashlib
 import itertools
 import json
 import random
@@ -20,6 +21,7 @@ from aprium.base.errors import DataError
 
 LINES_PER_BLOCK = 4096
 BLOCKS_PER_WINDOW = 8
+_PARQUET_END = 1 << 16
 
 
 class Row(NamedTuple):
@@ -39,7 +41,8 @@ class Rows:
 
     `paths` may hold glob patterns, whose matches are taken in the order of their names. Files that
     end in .parquet are Parquet, all others have a JSON object a line. `blocks` are the sizes of
-    blocks in rows. Raises DataError for files that are not there, not readable or empty.
+    blocks in rows; `digest` tells other contents apart. Raises DataError for files that are not
+    there, not readable or empty.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -50,6 +53,8 @@ class Rows:
         ]
         self.blocks = [size for part in self._parts for size in part.blocks]
         self._ends = list(itertools.accumulate(sum(part.blocks) for part in self._parts))
+        whole = hashlib.blake2b("".join(part.digest for part in self._parts).encode())
+        self.digest = whole.hexdigest()[:16]
         if not len(self):
             raise DataError(f"{', '.join(map(str, paths))}: no rows")
 
@@ -88,6 +93,7 @@ def read_all(path: Path) -> list[dict[str, Any]]:
 
 class _File(Protocol):
     blocks: list[int]
+    digest: str
 
     def row(self, number: int) -> Row:
         """Return row `number` of this file."""
@@ -99,9 +105,11 @@ class _JsonLines:
 
     def __init__(self, file: Path) -> None:
         self._file, self._offsets, position = file, array("Q"), 0
+        content = hashlib.blake2b()
         try:
             with file.open("rb") as stream:
                 for line in stream:
+                    content.update(line)
                     if not line.isspace():
                         self._offsets.append(position)
                     position += len(line)
@@ -109,6 +117,7 @@ class _JsonLines:
             raise DataError(f"cannot read {file}: {error.strerror}") from error
         whole, rest = divmod(len(self._offsets), LINES_PER_BLOCK)
         self.blocks = [LINES_PER_BLOCK] * whole + [rest] * bool(rest)
+        self.digest = content.hexdigest()
 
     def row(self, number: int) -> Row:
         try:
@@ -136,7 +145,10 @@ class _JsonLines:
 
 
 class _ParquetFile:
-    """A Parquet file; a few of its row groups are kept as they were read."""
+    """A Parquet file; a few of its row groups are kept as they were read.
+
+    Its digest is of its last bytes, where the sizes and statistics of all columns stand.
+    """
 
     def __init__(self, file: Path) -> None:
         from pyarrow import ArrowException
@@ -145,6 +157,10 @@ class _ParquetFile:
         self._file = file
         try:
             self._parquet = ParquetFile(file)
+            with file.open("rb") as stream:
+                size = stream.seek(0, 2)
+                stream.seek(max(0, size - _PARQUET_END))
+                self.digest = hashlib.blake2b(b"%d " % size + stream.read()).hexdigest()
         except (OSError, ArrowException) as error:
             raise DataError(f"cannot read {file} as Parquet: {error}") from error
         metadata = self._parquet.metadata

@@ -8,6 +8,7 @@ document. The mixture takes from the source furthest behind its share of tokens.
 handed in, because this package does not know where tasks are made.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -157,9 +158,13 @@ class Text:
 
 
 class Source(Protocol):
-    """An endless sequence of rows by number; `size` rows are one time through, None without end."""
+    """An endless sequence of rows by number; `size` rows are one time through, None without end.
+
+    `digest` tells one with other contents apart.
+    """
 
     size: int | None
+    digest: str
 
     def read(self, number: int) -> Sequence[Sample]:
         """Return the samples of row `number`, always the same; none for a row left out."""
@@ -175,6 +180,7 @@ class TextSource:
         self._order = Order(rows.blocks, f"{data.seed} {config.name}")
         self._end = text.tokenizer.id_of("</s>")
         self.size: int | None = len(rows)
+        self.digest = rows.digest
 
     def read(self, number: int) -> Sequence[Sample]:
         """Return the pieces of document `number`."""
@@ -201,6 +207,7 @@ class ChatSource:
         self._config, self._rows, self._text, self._data = config, rows, text, data
         self._order = Order(rows.blocks, f"{data.seed} {config.name}")
         self.size: int | None = len(rows)
+        self.digest = rows.digest
         self._warned = False
 
     def read(self, number: int) -> Sequence[Sample]:
@@ -244,6 +251,7 @@ class SampleSource:
         self._vocab_size = text.tokenizer.vocab_size
         self._order = Order(rows.blocks, f"{data.seed} {config.name}")
         self.size: int | None = len(rows)
+        self.digest = rows.digest
 
     def read(self, number: int) -> Sequence[Sample]:
         """Return sample `number`, none if it is too long and skipped, or nothing of it is learnt.
@@ -299,6 +307,8 @@ class TaskSource:
         if len(self._words) < _MIN_WORDS:
             raise DataError(f"{config.words} has fewer than {_MIN_WORDS} words")
         self.size: int | None = None
+        drawn_from = " ".join((*self._families, "of", *self._words))
+        self.digest = hashlib.blake2b(drawn_from.encode()).hexdigest()[:16]
 
     def read(self, number: int) -> Sequence[Sample]:
         """Return the sample of task `number`, of which only the answer is learnt."""
@@ -399,7 +409,10 @@ class Mixture:
         """Return the position as plain values."""
         return {
             **self._fixed,
-            "sources": [[n, s.size] for n, s in zip(self._names, self._sources, strict=True)],
+            "sources": [
+                [name, source.size, source.digest]
+                for name, source in zip(self._names, self._sources, strict=True)
+            ],
             "next": list(self._next),
             "tokens": list(self._tokens),
             "begun": [[list(place) for place in begun] for begun in self._begun],
@@ -416,8 +429,8 @@ class Mixture:
         mine = self.state_dict()["sources"]
         if state.get("sources") != mine:
             raise DataError(
-                f"the run was started with the sources {state.get('sources')} (name, rows) and "
-                f"these are {mine}: restore its data, or begin anew in another output"
+                f"the run was started with the sources {state.get('sources')} (name, rows, "
+                f"digest) and these are {mine}: restore its data, or begin anew in another output"
             )
         self._next, self._tokens = list(state["next"]), list(state["tokens"])
         self._begun = [[(row, part) for row, part in begun] for begun in state["begun"]]

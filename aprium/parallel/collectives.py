@@ -43,6 +43,15 @@ def all_gather(x: Tensor, axis: Axis) -> list[Tensor]:
     return parts
 
 
+def gather_objects(value: Any, axis: Axis) -> list[Any]:
+    """Return every process's `value`, a plain one, in order of index."""
+    if axis.size == 1:
+        return [value]
+    found: list[Any] = [None] * axis.size
+    dist.all_gather_object(found, value, group=axis.group)
+    return found
+
+
 def barrier(axis: Axis) -> None:
     """Wait until every process of `axis` is here."""
     if axis.size > 1:

@@ -31,12 +31,13 @@ class EvaluateConfig:
     """Which held-out tasks are played, and how.
 
     `items` of each domain every `every` steps (0: only before the first and after the last), with
-    `temperature` (0: greedy). `seed` is of the tasks and of sampling. At most `concurrency`
-    episodes are under way.
+    `temperature` (0: greedy). At the end constant answers are tried on `constants` tasks (0: on
+    none). `seed` is of the tasks and of sampling. At most `concurrency` episodes are under way.
     """
 
     items: int = 200
     every: int = 0
+    constants: int = 100
     temperature: float = 0.0
     max_tokens: int = 256
     episode_tokens: int = 1024
@@ -50,7 +51,7 @@ class EvaluateConfig:
         for name in ("items", "max_tokens", "episode_tokens", "max_turns", "concurrency"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"evaluate.{name} is {getattr(self, name)}: it must be positive")
-        for name in ("every", "temperature"):
+        for name in ("every", "constants", "temperature"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"evaluate.{name} is {getattr(self, name)}: it must be >= 0")
 
@@ -166,7 +167,7 @@ def chat_format(engine: AsyncEngine) -> ChatFormat:
 
 
 def constant_baselines(
-    domains: Sequence[DomainConfig], *, items: int = 200
+    domains: Sequence[DomainConfig], items: int = 100
 ) -> dict[str, dict[str, Any]]:
     """Return for each domain the constant answer that earns most and what it earns on average.
 

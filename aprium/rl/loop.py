@@ -118,11 +118,12 @@ def run_config(config: RlConfig) -> Path | None:
     """Train as `config` says; see `run`."""
     require_one_process("aprium rl")
     path = resolve(config.checkpoint)
+    engine = _engine_config(config, path)
     text = read_text(path)
     model = open_model(path, text, context=config.rollout.episode_tokens, frozen=bool(config.lora))
     adapter = lora.attach(model, config.lora) if config.lora is not None else None
     recipe = write_recipe(config, config.output)
-    learner = Learner(config, Weights(model, adapter), path)
+    learner = Learner(config, engine, Weights(model, adapter), path)
     optim = config.optim if config.optimizer == "muon" else replace(config.optim, muon_lr=None)
     try:
         trainer = Trainer(
@@ -156,8 +157,10 @@ class Learner:
     What it starts, a thread and an engine, it starts when the first batch is asked for.
     """
 
-    def __init__(self, config: RlConfig, weights: Weights, path: Path) -> None:
-        self._config, self._weights, self._path = config, weights, path
+    def __init__(
+        self, config: RlConfig, engine: EngineConfig, weights: Weights, path: Path
+    ) -> None:
+        self._config, self._engine, self._weights, self._path = config, engine, weights, path
         self._evaluation = Evaluation(config.domains, config.evaluate) if config.evaluate else None
         self._step = 0  # of the batch to come
         self._tally = Tally()
@@ -193,8 +196,11 @@ class Learner:
         player = self._play()
         player.call(self._evaluate(player, self._step))
         rows = self._metrics.read("accuracy")
-        constants = constant_baselines(self._config.domains)
-        found = {"before": rows[0], "after": rows[-1], "constant": constants}
+        found: dict[str, Any] = {"before": rows[0], "after": rows[-1]}
+        assert self._config.evaluate is not None
+        if self._config.evaluate.constants:
+            count = self._config.evaluate.constants
+            found["constant"] = constant_baselines(self._config.domains, count)
         write_json(self._config.output / "evaluation.json", found)
         log.info(
             "held-out accuracy: %.3f before, %.3f after", rows[0]["accuracy"], rows[-1]["accuracy"]
@@ -208,7 +214,7 @@ class Learner:
 
     def _play(self) -> "_Player":
         if self._player is None:
-            self._player = _Player(self._config, self._weights, self._path)
+            self._player = _Player(self._config, self._engine, self._weights, self._path)
             self._pushed = None if self._step else 0  # it begins with these weights, as version 0
         return self._player
 
@@ -243,12 +249,14 @@ class Learner:
 class _Player:
     """The thread in which episodes are played, with its event loop, engine, books and pipeline."""
 
-    def __init__(self, config: RlConfig, weights: Weights, path: Path) -> None:
+    def __init__(
+        self, config: RlConfig, engine: EngineConfig, weights: Weights, path: Path
+    ) -> None:
         with contextlib.ExitStack() as undone:
             self.ledger = Ledger(config.output)
             undone.callback(self.ledger.close)
             self._teachers = _open_teachers(config, path)
-            self.engine = AsyncEngine(_engine_config(config, path), weights.checkpoint(path))
+            self.engine = AsyncEngine(engine, weights.checkpoint(path))
             undone.callback(lambda: asyncio.run(self.engine.close()))
             self.chat = chat_format(self.engine)
             policy = EnginePolicy(self.engine)

@@ -56,7 +56,8 @@ class PipelineConfig:
     `groups_per_step` groups make a batch, of those with something to learn if `refill` (dynamic
     sampling). Tokens were written under weights of at most `max_age` steps ago; with 0 generation
     and training take turns and a run is reproducible bit for bit. At most `max_groups` are played
-    and `max_scoring` scored at a time (None: as many as the age allows).
+    and `max_scoring` scored at a time (None: as many as the age allows); an item is drawn when
+    there is a place for it to be played, so that its weights are as new as can be.
     """
 
     groups_per_step: int = 32
@@ -125,7 +126,7 @@ class Pipeline:
         self._version, self._room = 0, 0
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
-        self._playing = asyncio.Semaphore(config.max_groups or 1 << 30)
+        self._playing = 0
         self._scoring = asyncio.Semaphore(config.max_scoring or 1 << 30)
 
     async def next_batch(self, step: int) -> list[Played]:
@@ -138,7 +139,8 @@ class Pipeline:
         if recorded is not None:
             return await self._again(step, recorded)
         self._version = step
-        self._admit(self._config.groups_per_step * (self._config.max_age + 1))
+        self._room = self._config.groups_per_step * (self._config.max_age + 1)
+        self._admit()
         while (works := self._choose(step)) is None:
             self._changed.clear()
             await self._changed.wait()
@@ -147,7 +149,8 @@ class Pipeline:
         self._ledger.take(step, [work.number for work in works])
         for work in works:
             self._open.pop(work.number, None)  # what is useless is not there
-        self._admit(self._config.groups_per_step * self._config.max_age)
+        self._room = self._config.groups_per_step * self._config.max_age
+        self._admit()
         return [_played(work, step) for work in works]
 
     async def close(self) -> None:
@@ -167,27 +170,33 @@ class Pipeline:
         """How many of them wait for their step."""
         return sum(work.learnt is not None for work in self._open.values())
 
-    def _admit(self, room: int) -> None:
-        """Let as many items be under way as `room` says."""
-        self._room = room
-        for work in self._open.values():  # those of an earlier process
-            if work.task is None:
-                work.task = asyncio.create_task(self._run(work))
-        while len(self._open) < self._room:
+    def _admit(self) -> None:
+        """Begin with items: those of an earlier process, then new ones, as many as there may be."""
+        most = self._config.max_groups or 1 << 30
+        for work in self._open.values():
+            if work.task is None and (work.entry.group is not None or self._playing < most):
+                self._begin(work)
+        while len(self._open) < self._room and self._playing < most:
             item = self._draw(self._ledger.num_issued)
             self._ledger.issue(item, self._version)
             work = _Work(self._ledger.entries[item.number])
             self._open[item.number] = work
-            work.task = asyncio.create_task(self._run(work))
+            self._begin(work)
+
+    def _begin(self, work: _Work) -> None:
+        self._playing += work.entry.group is None
+        work.task = asyncio.create_task(self._run(work))
 
     async def _run(self, work: _Work) -> None:
         """Take an item through the stages."""
         number, ledger = work.number, self._ledger
         try:
             if work.entry.group is None:
-                async with self._playing:
-                    group = await self._stages.generate(work.entry.item)
+                group = await self._stages.generate(work.entry.item)
                 ledger.finish(number, group)
+                work.entry = ledger.entries[number]
+                self._playing -= 1
+                self._admit()
             await self._finish(work)
         except Exception as error:
             self._failure = self._failure or error
@@ -195,8 +204,7 @@ class Pipeline:
 
     async def _finish(self, work: _Work) -> None:
         """Take what was played to its samples."""
-        ledger, number = self._ledger, work.number
-        entry = ledger.entries[number]
+        ledger, number, entry = self._ledger, work.number, work.entry
         group = entry.group
         assert group is not None
         if self._stages.score is not None and entry.scores is None:
@@ -218,7 +226,7 @@ class Pipeline:
                 f"of {most} groups in a row there is nothing to learn: {_why(self._useless)}; give "
                 "tasks that the model solves now and then, or drop no groups of equal rewards"
             )
-        self._admit(self._room)
+        self._admit()
 
     def _choose(self, step: int) -> list[_Work] | None:
         """Return a batch, or None while something must be waited for."""
@@ -231,8 +239,7 @@ class Pipeline:
                 age = step - work.version
                 self._ledger.drop(work.number, f"{age} steps old, of at most {max_age}")
                 del self._open[work.number]
-        if len(self._open) < self._room:
-            self._admit(self._room)
+        self._admit()
         ready = [work for work in ready if work.number in self._open]
         ready.sort(key=lambda work: (work.version, work.number))
         chosen = ready[:size]

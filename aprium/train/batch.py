@@ -113,7 +113,7 @@ def _top(samples: Sequence[Sample], missing: int) -> tuple[Tensor, Tensor] | Non
         return None
     rows = [row for s in samples for row in s.teacher_top or ({},) * len(s.tokens)]
     rows += [{}] * missing
-    width = max(map(len, rows))
+    width = max(1, *map(len, rows))
     ids = [[*row, *(0,) * (width - len(row))] for row in rows]
     logs = [[*row.values(), *(-math.inf,) * (width - len(row))] for row in rows]
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(logs, dtype=torch.float32)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from aprium.base.errors import CheckpointError
 from aprium.base.files import sync
+from aprium.parallel.collectives import any_true
+from aprium.parallel.mesh import Axis
 
 _MODEL, _OPTIMISER, _STATE = "model.safetensors", "optimiser.safetensors", "state.json"
 
@@ -54,7 +56,7 @@ def write(
         partial.mkdir()
         save_file(dict(weights), partial / _MODEL)
         save_file(dict(optimiser), partial / _OPTIMISER)
-        digests = {name: _digest(partial / name) for name in (_MODEL, _OPTIMISER)}
+        digests = {name: digest(partial / name) for name in (_MODEL, _OPTIMISER)}
         text = json.dumps({**state, "digests": digests})
         (partial / _STATE).write_text(text, encoding="utf-8")
         for name in (_MODEL, _OPTIMISER, _STATE):
@@ -65,17 +67,22 @@ def write(
     return final
 
 
-def read_state(directory: Path) -> dict[str, Any]:
+def read_state(directory: Path, axis: Axis) -> dict[str, Any]:
     """Return the state of a checkpoint, after its files are found to be what was written.
 
-    Raises OSError, ValueError or KeyError for a damaged one.
+    Every process of `axis` looks at some of the files, and all raise where one does: OSError,
+    ValueError or KeyError for a damaged one.
     """
     state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
     if not isinstance(state, dict):
         raise ValueError(f"{_STATE} is not what was written")
-    for name, digest in state.pop("digests").items():
-        if _digest(directory / name) != digest:
-            raise ValueError(f"{name} is not what was written")
+    damaged = ""
+    for name, wanted in sorted(state.pop("digests").items())[axis.index :: axis.size]:
+        file = directory / name
+        if not file.exists() or digest(file) != wanted:
+            damaged = name
+    if any_true(bool(damaged), axis):
+        raise ValueError(f"{damaged or 'a file that another process read'} is not what was written")
     return state
 
 
@@ -106,6 +113,7 @@ def explained(final: Path, partial: Path) -> Iterator[None]:
         ) from error
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """Return the digest of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()

@@ -15,7 +15,7 @@ from torch import Tensor
 from aprium.base.errors import ConfigError, DataError
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel, Routing
-from aprium.ops.logprob import kl_divergence, token_logprobs
+from aprium.ops.logprob import kl_divergence, token_logprobs, weighted_logprob
 from aprium.parallel.collectives import total as sum_over
 from aprium.parallel.mesh import Axis, Mesh
 from aprium.train.batch import Batch
@@ -160,8 +160,13 @@ def compute_losses(
         learnt = learnt + batch.stream("kl_weight", 0.0).abs()
     predicted = _own(batch.predicted(1, learnt), 1, rows, mesh)
     own = hidden[predicted - 1 - rows.start]
-    logprobs = token_logprobs(own, model.head_weight, batch.tokens[predicted])
-    ce = -(logprobs * batch.ce_weight[predicted]).sum() / (whole.weight or 1.0)
+    weights, wanted = batch.ce_weight[predicted], batch.tokens[predicted]
+    if whole.rl or config.policy.distillation == "k3":
+        logprobs = token_logprobs(own, model.head_weight, wanted)
+        said = (logprobs * weights).sum()
+    else:
+        said, logprobs = weighted_logprob(own, model.head_weight, wanted, weights)
+    ce = -said / (whole.weight or 1.0)
     rl, policy = _policy_loss(logprobs, predicted, batch, config.policy, mesh, whole)
     total = config.ce_weight * ce + rl
     kl, mtp = torch.zeros(()), torch.zeros(())
@@ -332,8 +337,8 @@ def _mtp_loss(
         )
         predicted = _own(batch.predicted(depth + 1, weights), depth + 1, rows, model.mesh)
         own = hidden[predicted - depth - 1 - rows.start]
-        logprobs = token_logprobs(own, head, batch.tokens[predicted])
-        total = total - (logprobs * weights[predicted]).sum() / norm
+        wanted = batch.tokens[predicted]
+        total = total - weighted_logprob(own, head, wanted, weights[predicted])[0] / norm
     return total / depths
 
 

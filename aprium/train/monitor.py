@@ -43,7 +43,7 @@ _ROLES = (
 class StabilityConfig:
     """What counts as a divergence, and what is done about it.
 
-    A loss or gradient that is not finite always does; so does, with `spike_ratio`, a training loss
+    A loss or gradient that is not finite always does; so does, with `spike_ratio`, a cross-entropy
     above that many times the median of the last `window` steps for `patience` steps in a row.
     "stop" raises; "rollback" goes back to the last checkpoint and on with the data that follow;
     "anneal" does so and starts the decay of the learning rate there. After `max_rollbacks` the run

@@ -132,12 +132,12 @@ def _run(config: PretrainConfig, mesh: Mesh) -> Path | None:
         return None
     last, directory = trainer.save(), config.output / "model"
     if mesh.leads:
-        export(_whole(model, last), config.tokenizer, directory)
+        export(whole_model(model, last), config.tokenizer, directory)
     barrier(mesh.world)
     return directory
 
 
-def _whole(model: HybridModel, directory: Path) -> HybridModel:
+def whole_model(model: HybridModel, directory: Path) -> HybridModel:
     """Return `model` on one process, read back from its checkpoint where it is cut over many."""
     if model.mesh.world.size == 1:
         return model

@@ -52,7 +52,7 @@ class TrainingProgress:
         )
         self._task = self._bar.add_task("train", total=total, completed=done)
         self._live = Live(self._bar, console=self._console, refresh_per_second=4)
-        self._total, self._shown = total, shown
+        self._shown = shown
 
     def __enter__(self) -> "TrainingProgress":
         if self._shown and self._console.is_terminal:
@@ -68,16 +68,16 @@ class TrainingProgress:
         if self._shown and self._console.is_terminal:
             self._live.stop()
 
-    def update(self, step: int, figures: Figures, heldout: Figures | None) -> None:
-        """Show the figures of a finished step, and the last evaluation."""
+    def update(self, step: int, total: int, figures: Figures, heldout: Figures | None) -> None:
+        """Show the figures of a finished step of `total`, and the last evaluation."""
         if not self._shown:
             return
-        self._bar.update(self._task, completed=step)
+        self._bar.update(self._task, completed=step, total=total)
         if self._console.is_terminal:
             self._live.update(Group(self._bar, _table(figures, heldout)))
-        elif step % 20 == 0 or step == self._total:
+        elif step % 20 == 0 or step == total:
             loss = figures.get("rl_loss", figures["loss"])
-            text = f"step {step}/{self._total}  loss {loss:.3f}"
+            text = f"step {step}/{total}  loss {loss:.3f}"
             if heldout is not None:
                 text += f"  held-out {heldout['loss']:.3f}"
             text += f"  {figures['tokens_per_s']:.0f} tok/s{self._left()}"

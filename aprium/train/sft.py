@@ -27,7 +27,8 @@ from aprium.data.loader import Alternation, Loader
 from aprium.data.sources import DataConfig, Text, heldout_samples
 from aprium.envs import families
 from aprium.model.model import HybridModel
-from aprium.parallel.mesh import require_one_process
+from aprium.parallel.collectives import barrier
+from aprium.parallel.mesh import Mesh, ParallelConfig
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 from aprium.train import checkpoint, lora, precision
@@ -35,8 +36,10 @@ from aprium.train.lora import LoraConfig
 from aprium.train.losses import LossConfig
 from aprium.train.monitor import StabilityConfig
 from aprium.train.optim import OptimConfig
+from aprium.train.parallel import shard
 from aprium.train.precision import PrecisionConfig
-from aprium.train.pretrain import export, write_json, write_recipe
+from aprium.train.pretrain import export, whole_model, write_json, write_recipe
+from aprium.train.shards import fill
 from aprium.train.trainer import BatchSource, Trainer, TrainerConfig
 
 log = get_logger("train")
@@ -75,6 +78,7 @@ class SftConfig:
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     lora: LoraConfig | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         """Check that a step can hold the longest sample, and that nothing is asked in vain."""
@@ -93,6 +97,12 @@ class SftConfig:
             raise ConfigError(
                 "optimizer is muon, which is for whole matrices: train the adapters of [lora] with "
                 "adamw"
+            )
+        default = OptimConfig.muon_lr
+        if self.optimizer == "adamw" and self.optim.muon_lr not in (None, default):
+            raise ConfigError(
+                f"optim.muon_lr is {self.optim.muon_lr} and optimizer is adamw, which has no use "
+                "for it: set optimizer to muon, or leave it out"
             )
         if self.lora is not None and self.precision.recipe != "bf16":
             raise ConfigError("[lora] and [precision] cannot both be asked for: leave one out")
@@ -115,13 +125,26 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
 
 def run_config(config: SftConfig) -> Path | None:
     """Fine-tune as `config` says; see `run`."""
-    require_one_process("aprium sft")
+    mesh = Mesh.from_environment(config.parallel)
+    try:
+        return _run(config, mesh)
+    finally:
+        mesh.close()
+
+
+def _run(config: SftConfig, mesh: Mesh) -> Path | None:
+    if mesh.world.size > 1 and (config.lora is not None or config.precision.recipe != "bf16"):
+        raise ConfigError(
+            f"[lora] and [precision] take one process and this run has {mesh.world.size}: start "
+            "it alone, or leave the table out"
+        )
     path = resolve(config.checkpoint)
     text = read_text(path)
     longest = max(data.max_length for data in config.mixtures().values())
-    model = open_model(path, text, context=longest, frozen=config.lora is not None)
+    model = open_model(path, text, context=longest, frozen=config.lora is not None, mesh=mesh)
     adapter = lora.attach(model, config.lora) if config.lora is not None else None
     rounding = precision.attach(model, config.precision)
+    shard(model)
     loaders = [
         Loader(data, text, tokens_per_batch=config.tokens_per_step)
         for data in config.mixtures().values()
@@ -140,21 +163,26 @@ def run_config(config: SftConfig) -> Path | None:
         loss=config.loss if adapter is None else dataclasses.replace(config.loss, bias_rate=0.0),
         config=config.trainer,
         stability=config.stability,
-        recipe=write_recipe(config, config.output),
+        recipe=write_recipe(config, config.output) if mesh.leads else "",
         before_step=changed.begin if changed is not None else None,
     )
     before = _measure_before(trainer, heldout)
     if not trainer.run():
-        log.info("stopped at step %d: the same command continues", trainer.progress.step)
+        if mesh.leads:
+            log.info("stopped at step %d: the same command continues", trainer.progress.step)
         return None
-    if heldout:
-        after = trainer.evaluate()
+    after = trainer.evaluate() if heldout else {}
+    if heldout and mesh.leads:
         write_json(config.output / "heldout.json", {"before": before, "after": after})
         log.info("held-out loss: %.4f before, %.4f after", before["loss"], after["loss"])
     if adapter is not None:
         lora.save(adapter, config.output / "adapter", base=config.checkpoint)
         return config.output / "adapter"
-    return export(model, path, config.output / "model")
+    last, directory = trainer.save(), config.output / "model"
+    if mesh.leads:
+        export(whole_model(model, last), path, directory)
+    barrier(mesh.world)
+    return directory
 
 
 def _optim(config: SftConfig) -> OptimConfig:
@@ -163,10 +191,18 @@ def _optim(config: SftConfig) -> OptimConfig:
     return config.optim
 
 
-def open_model(path: Path, text: Text, *, context: int = 0, frozen: bool = False) -> HybridModel:
+def open_model(
+    path: Path,
+    text: Text,
+    *,
+    context: int = 0,
+    frozen: bool = False,
+    mesh: Mesh | None = None,
+) -> HybridModel:
     """Load checkpoint `path` in float32 to be trained, with room for `context` tokens.
 
-    A `frozen` one, which is only to bear adapters, stays in the formats of its file. Raises
+    A `frozen` one, which is only to bear adapters, stays in the formats of its file. On a `mesh`
+    each process keeps its part; until then it has the whole in the file's own formats. Raises
     CheckpointError for one that is quantised otherwise, or has fewer tokens than `text`.
     """
     found = load_checkpoint(path, load="memory")
@@ -184,8 +220,8 @@ def open_model(path: Path, text: Text, *, context: int = 0, frozen: bool = False
         return found.model
     longest = max(context, found.config.max_position_embeddings)
     shape = dataclasses.replace(found.config, max_position_embeddings=longest)
-    model = HybridModel(shape, dtype=torch.float32)
-    model.load_state_dict(found.model.state_dict())
+    model = HybridModel(shape, dtype=torch.float32, mesh=mesh)
+    fill(model, dict(found.model.named_parameters()))
     return model
 
 
@@ -200,5 +236,8 @@ def _measure_before(trainer: Trainer, heldout: Sequence[Sample]) -> dict[str, An
     if not heldout:
         return {}
     if not (file.exists() and checkpoint.complete(trainer.output)):
-        write_json(file, trainer.evaluate())
+        figures = trainer.evaluate()
+        if trainer.mesh.leads:
+            write_json(file, figures)
+        barrier(trainer.mesh.world)
     return json.loads(file.read_text(encoding="utf-8"))

@@ -40,8 +40,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from aprium.base.errors import CheckpointError
 from aprium.base.files import sync
 from aprium.model.model import HybridModel
-from aprium.parallel.collectives import barrier
-from aprium.train.checkpoint import explained, read_state
+from aprium.parallel.collectives import barrier, gather_objects
+from aprium.parallel.mesh import Axis
+from aprium.train.checkpoint import digest, explained, read_state
 from aprium.train.optim import Muon
 from aprium.train.parallel import local, own_pieces
 
@@ -82,9 +83,9 @@ def write(
             checkpoint.save(entries, storage_writer=writer, planner=planner)
         except CheckpointException as error:
             raise OSError(_causes(error)) from error
-        barrier(world)
+        digests = _digests(partial, world)
         if model.mesh.leads:
-            text = json.dumps({**state, "digests": {}})
+            text = json.dumps({**state, "digests": digests})
             (partial / "state.json").write_text(text, encoding="utf-8")
             for path in (partial / "state.json", partial / _SHARDS, partial):
                 sync(path)
@@ -94,13 +95,21 @@ def write(
     return final
 
 
+def _digests(partial: Path, world: Axis) -> dict[str, str]:
+    """Return the digests of the files of shards; each process reads some of them."""
+    barrier(world)
+    names = sorted(str(f.relative_to(partial)) for f in (partial / _SHARDS).iterdir())
+    mine = {name: digest(partial / name) for name in names[world.index :: world.size]}
+    return {name: value for found in gather_objects(mine, world) for name, value in found.items()}
+
+
 def read(directory: Path, model: HybridModel, optimisers: Optimisers) -> dict[str, Any]:
     """Read checkpoint `directory` into `model` and `optimisers`; return the state beside them.
 
     Raises CheckpointError for a damaged file, or where model or optimisers are others.
     """
     try:
-        state = read_state(directory)
+        state = read_state(directory, model.mesh.world)
         load(directory, model, optimisers)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
@@ -135,6 +144,15 @@ def load(directory: Path, model: HybridModel, optimisers: Optimisers | None = No
         _read_shards(directory / _SHARDS, entries, alone=model.mesh.world.size == 1)
     else:
         _read_files(directory, entries)
+
+
+def fill(model: HybridModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole `tensors`, by the names of parameters, into what this process holds of them."""
+    with torch.no_grad():
+        for key, entry in _entries(model, []).items():
+            for offset, block in entry.blocks:
+                ends = (begin + n for begin, n in zip(offset, block.shape, strict=True))
+                block.copy_(tensors[key.removeprefix("model/")][tuple(map(slice, offset, ends))])
 
 
 def _slots(

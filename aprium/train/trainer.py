@@ -223,8 +223,7 @@ class Trainer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.resume()
-        if self.mesh.leads:
-            self._sinks = open_sinks(self.config.sinks, self.output, {"recipe": self.recipe})
+        self._open_sinks()
         if self.stability.action != "stop":
             self.save()  # there must be something to go back to
         handlers = {s: signal.signal(s, self._request_stop) for s in _stop_signals()}
@@ -238,6 +237,12 @@ class Trainer:
         if self.progress.step >= self.last_step or not self.spikes.num_above:
             self.save()
         return not self._stopped
+
+    def _open_sinks(self) -> None:
+        if self.mesh.leads:
+            recipe = {"recipe": self.recipe}
+            names, step = self.config.sinks, self.progress.step
+            self._sinks = open_sinks(names, self.output, recipe, step)
 
     def _agree_to_stop(self) -> bool:
         """Tell whether any process was asked to stop; all get the same answer."""
@@ -271,7 +276,7 @@ class Trainer:
         whole = not self.spikes.num_above and progress.step < self.last_step
         if progress.step % config.checkpoint_every == 0 and whole:
             self.save()
-        bar.update(progress.step, figures, self._heldout)
+        bar.update(progress.step, self.last_step, figures, self._heldout)
 
     def _recover(self, cause: DivergenceError) -> None:
         """Go back to the last checkpoint, and on with the data after those that diverged."""
@@ -296,6 +301,7 @@ class Trainer:
         self.spikes = Spikes(stability)
         if self.mesh.leads:
             checkpoint.replace_state(checkpoint.complete(self.output)[-1], self._state())
+        self._open_sinks()
         barrier(self.mesh.world)
         event = {"step": self.progress.step, "from_step": begun, "cause": str(cause)}
         self._write_metrics("rollback", event)

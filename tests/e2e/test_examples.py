@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("chat", "answer:"),
         ("lora", "after: Blue plums"),
+        ("mopd", "student      add"),
         ("plan", "cheapest"),
         ("quantise", "perplexity"),
         ("rollouts", "rewards [1.0"),
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_example(name: str, shows: str, tmp_path: Path) -> None:
-    arguments = [str(tmp_path)] if name in ("train", "quantise", "lora") else []
+    arguments = [str(tmp_path)] if name in ("train", "quantise", "lora", "mopd") else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments],

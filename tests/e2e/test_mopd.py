@@ -22,7 +22,9 @@ def test_specialists_are_distilled_into_one_student(tmp_path: Path) -> None:
         for name, row in found["scores"].items()
     }
     mean = {name: sum(row.values()) / len(row) for name, row in scores.items() if len(row) == 3}
-    taught = {name.split("-")[1]: row for name, row in scores.items() if name.startswith("teacher-")}
+    taught = {
+        name.split("-")[1]: row for name, row in scores.items() if name.startswith("teacher-")
+    }
     assert len(taught) == 3
     teachers = sum(row[domain] for domain, row in taught.items()) / 3
     # Wide margins: one seed, few steps and 150 tasks a domain.

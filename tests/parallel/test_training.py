@@ -1,15 +1,17 @@
 """Training cut over processes against one process: losses, gradients, updates, checkpoints."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from aprium.base.errors import ApriumError
+from aprium.base.errors import ApriumError, CheckpointError
 from aprium.model.model import HybridModel
 from aprium.parallel.mesh import Mesh, ParallelConfig
+from aprium.train.policy_loss import PolicyLossConfig
 from aprium.train.shards import load
 from tests.parallel.conftest import spawn
 from tests.parallel.runs import (
@@ -41,6 +43,30 @@ PAIRS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "ep, all tokens to one process": ({"ep": 2}, {"optim": ADAMW, "crowd": True}),
     "dp, one document": ({}, {"optim": ADAMW, "source": 1}),
     "cp and ep": ({"cp": 2, "ep": 2}, {"optim": ADAMW}),
+    "dp, episodes, routers frozen": (
+        {},
+        {
+            "optim": ADAMW,
+            "source": 7,
+            "episodes": True,
+            "loss": {"policy": PolicyLossConfig(normalise="sequences", sequence_bound=6.0)},
+            "trainer": {"freeze_router": True, "micro_tokens": 90},
+        },
+    ),
+    "cp, episodes, ratio of sequences": (
+        {"cp": 2},
+        {
+            "optim": ADAMW,
+            "source": 7,
+            "episodes": True,
+            "loss": {
+                "mtp_detach": True,
+                "policy": PolicyLossConfig(
+                    ratio="sequence", sequence_bound=None, geometric_band=(0.6, 2.0)
+                ),
+            },
+        },
+    ),
     # Orthogonalising rounds to bfloat16: from the third step on a router may choose otherwise.
     "dp, Muon": ({}, {"optim": {"muon_lr": 1e-3, "lr": 1e-4}, "steps": 2}),
     "tp, Muon": ({"tp": 2}, {"optim": {"muon_lr": 1e-3, "lr": 1e-4}, "steps": 2}),
@@ -87,7 +113,7 @@ SLOW = {"muon_lr": 1e-4, "lr": 1e-4}  # so that a rounding turns no choice of a 
 def _train(output: Path, mesh: dict[str, int], case: dict[str, Any]) -> dict[str, Any]:
     case = dict(case)
     if "source" in case:
-        case["source"] = Documents(case["source"])
+        case["source"] = Documents(case["source"], case.pop("episodes", False))
     return train(output, mesh, **case)
 
 
@@ -185,6 +211,17 @@ def test_read_checkpoint_holds_every_value_that_was_written(directory: Path, pai
         assert states.keys() == others.keys()
         for leaf, state in states.items():
             assert (state - others[leaf]).norm() <= 0.2 * state.norm() + 1e-6, (name, leaf)
+
+
+def test_changed_byte_of_a_shard_is_noticed(directory: Path, pair: Any, tmp_path: Path) -> None:
+    name = f"step-{2 * STEPS:06d}"
+    shutil.copytree(directory / "resharded" / name, tmp_path / name)
+    file = min((tmp_path / name / "shards").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{file.name} is not what was written"):
+        make(tmp_path, ParallelConfig(), 9, optim=SLOW).resume()
 
 
 def _state(trainer: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

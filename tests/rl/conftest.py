@@ -12,9 +12,9 @@ RECIPE: dict[str, Any] = {
     "domains": [
         {"name": "add", "family": "exercises", "options": {"families": ["add"]}, "max_tokens": 32},
         {
-            "name": "last",
+            "name": "next",
             "family": "exercises",
-            "options": {"families": ["last"]},
+            "options": {"families": ["next"]},
             "thinking": False,
             "weight": 0.5,
         },
@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
     "rollout": {"group_size": 4, "max_tokens": 12, "episode_tokens": 120},
     "optim": {"lr": 1e-4, "warmup_steps": 0},
     "loss": {"mtp_weight": 0.0, "balance_weight": 0.0, "bias_rate": 0.0},
-    "evaluate": {"items": 3, "max_tokens": 12, "episode_tokens": 120},
+    "evaluate": {"items": 3, "constants": 0, "max_tokens": 12, "episode_tokens": 120},
 }
 
 
@@ -35,6 +35,12 @@ def recipe(output: Path, **changes: Any) -> RlConfig:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merged[key] | value if both else value
     return from_dict(RlConfig, merged)
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no curves, which takes longer than the steps of these runs."""
+    monkeypatch.setattr("aprium.train.trainer.write_page", lambda *rest: None)
 
 
 @pytest.fixture

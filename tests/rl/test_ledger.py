@@ -92,7 +92,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     lines = ledger.path.read_bytes().splitlines(keepends=True)
     lines[1] = lines[1].replace(b"trajectories", b"trajector")
     ledger.path.write_bytes(b"".join(lines))
-    with pytest.raises(CheckpointError, match="line 2 of .*ledger.jsonl is not what was written"):
+    with pytest.raises(CheckpointError, match=r"line 2 of .*ledger.jsonl is not what was written"):
         Ledger(tmp_path)
 
 

@@ -186,6 +186,7 @@ def command(output: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """Two rounds for real, killed in the middle of each of three kinds of nodes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -15,8 +15,8 @@ from aprium.envs.family import take
 from aprium.rl import demonstrations
 from aprium.rl.costs import cost, outline
 from aprium.rl.lineage import NodeState, RoundsConfig, write_state
-from aprium.rl.rounds import check, jobs_of
 from aprium.rl.rollout import DomainConfig
+from aprium.rl.rounds import check, jobs_of
 from aprium.rl.stages import Stage, digest_of, resolved, rl_config, sft_config
 from aprium.rl.teachers import SELF, TeachersConfig
 from aprium.text.chat import ChatTemplate

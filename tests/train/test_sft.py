@@ -66,6 +66,10 @@ field = "note"
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+def write_recipe(tmp_path: Path) -> Path:
     write_tokenizer(tmp_path / "start")
     write_generation_config(tmp_path / "start")
     save_checkpoint(random_model(SHAPE, 0), tmp_path / "start", dtype=torch.bfloat16)
@@ -83,6 +87,11 @@ def recipe(tmp_path: Path) -> Path:
     file = tmp_path / "recipe.toml"
     file.write_text(RECIPE.format(tmp_path))
     return file
+
+
+def test_a_rate_that_nothing_uses_is_refused(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="set optimizer to muon"):
+        run(recipe, {"optimizer": "adamw", "optim.muon_lr": 0.01})
 
 
 def test_heldout_loss_falls_and_the_result_opens(recipe: Path) -> None:

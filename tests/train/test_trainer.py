@@ -17,13 +17,14 @@ import torch
 
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.records import Sample
+from aprium.model.layout import Layout
 from aprium.model.model import HybridModel
 from aprium.model.presets import PRESETS
 from aprium.train import checkpoint
 from aprium.train.losses import LossConfig
 from aprium.train.monitor import StabilityConfig
 from aprium.train.optim import OptimConfig, build_optimisers
-from aprium.train.sinks import open_sinks
+from aprium.train.policy_loss import PolicyLossConfig
 from aprium.train.trainer import Trainer, TrainerConfig
 
 TOY = PRESETS["toy"]
@@ -403,6 +404,107 @@ def test_page_shows_curves_by_role_and_layer(tmp_path: Path) -> None:
     assert last["max_vio"] == max(last["max_vios"].values())
 
 
-def test_unknown_sink_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="use tensorboard or wandb"):
-        open_sinks(("mlflow",), tmp_path, {})
+class Choices:
+    """Episodes of one token after a prompt: token 7 pays, token 9 costs; or a teacher prefers 7."""
+
+    def __init__(self, *, distilled: bool = False) -> None:
+        self.distilled = distilled
+
+    def next_batch(self) -> Sequence[Sample]:
+        samples = []
+        for token, worth in ((7, 1.0), (9, -0.5)):
+            kl = {"kl_weight": (0.0, 0.0, 1.0), "teacher_logprob": (0.0, 0.0, -5.0 + 2 * worth)}
+            samples.append(
+                Sample(
+                    tokens=(3, 4, token),
+                    ce_weight=(0.0, 0.0, 0.0),
+                    domain=f"choice {token}",
+                    rl_weight=(0.0, 0.0, 1.0),
+                    advantage=() if self.distilled else (0.0, 0.0, worth),
+                    **(kl if self.distilled else {}),
+                )
+            )
+        return samples
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def play(output: Path, source: Choices, steps: int, **config: Any) -> tuple[Trainer, list[float]]:
+    """Train on choices alone; return the trainer and how much likelier 7 than 9 became."""
+    model = HybridModel(TOY, dtype=torch.float32)
+    model.init_weights(torch.Generator().manual_seed(0))
+    trainer = Trainer(
+        model,
+        source,
+        list(source.next_batch()),
+        output=output,
+        optim=OptimConfig(lr=3e-3, muon_lr=None, warmup_steps=1),
+        loss=LossConfig(balance_weight=0.0, mtp_detach=True, bias_rate=0.1),
+        config=TrainerConfig(steps=steps, eval_every=steps, log_every=1, **config),
+        stability=StabilityConfig(spike_ratio=1.5, patience=1, window=2),
+    )
+
+    def gap() -> float:
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([3, 4]), Layout.packed([2])))[-1]
+            return float(logits[7] - logits[9])
+
+    before = gap()
+    assert trainer.run()
+    return trainer, [before, gap()]
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["rewards", "teacher"])
+def test_episodes_teach_what_pays_or_what_the_teacher_prefers(
+    tmp_path: Path, distilled: bool
+) -> None:
+    """Without cross-entropy anywhere: steps, spikes, evaluation, page and checkpoints go on."""
+    trainer, (before, after) = play(tmp_path, Choices(distilled=distilled), 6)
+    assert after > before + 0.5
+    found = figures(trainer)
+    assert [f["loss"] for f in found] == [0.0] * 6 and found[0]["rl_loss"] != 0.0
+    assert set(found[0]["policy_domains"]) == {"choice 7", "choice 9"}
+    names = {"masked", "clipped", "entropy", "advantage"} | (
+        {"teacher_gap"} if distilled else set()
+    )
+    assert set(found[0]["policy"]) == names
+    (heldout,) = trainer.metrics.read("heldout")
+    assert heldout["loss"] == 0.0 and heldout["domains"] == {}
+
+
+def test_frozen_routers_do_not_move(tmp_path: Path) -> None:
+    trainer, _ = play(tmp_path, Choices(), 3, freeze_router=True)
+    fresh = HybridModel(TOY, dtype=torch.float32)
+    fresh.init_weights(torch.Generator().manual_seed(0))
+    first = dict(fresh.named_parameters())
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, first[n])}
+    assert moved and not any(".gate." in name for name in moved)
+    free, _ = play(tmp_path / "free", Choices(), 3)
+    assert any(
+        name.endswith("gate.weight") and not torch.equal(p, first[name])
+        for name, p in free.model.named_parameters()
+    )
+    assert any(
+        name.endswith("e_score_correction_bias") and not torch.equal(p, first[name])
+        for name, p in free.model.named_parameters()
+    )
+
+
+def test_a_teacher_that_is_not_asked_for_is_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 1)
+    for form, teacher in (("full", None), ("sampled", trainer.model)):
+        with pytest.raises(ConfigError, match="distillation is"):
+            Trainer(
+                trainer.model,
+                Copies(),
+                [],
+                output=tmp_path,
+                optim=trainer.optim,
+                loss=LossConfig(policy=PolicyLossConfig(distillation=form)),  # type: ignore[arg-type]
+                config=trainer.config,
+                teacher=teacher,
+            )

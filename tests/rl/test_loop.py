@@ -1,0 +1,203 @@
+"""The loop on pico: what a run writes, and that it goes on bit for bit after any end."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aprium.base.errors import ConfigError, EngineError, TaskError
+from aprium.base.records import Group, TeacherScores, Trajectory
+from aprium.checkpoint.load import load_checkpoint
+from aprium.rl.credit import CreditConfig
+from aprium.rl.ledger import Ledger
+from aprium.rl.loop import learn, run_config
+from aprium.train.metrics import MetricsFile
+from aprium.train.trainer import Trainer
+from tests.rl.conftest import recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(output / f"step-{step:06d}" / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def check_books(output: Path, steps: int) -> None:
+    """Every item that was issued is in one batch at most, or open."""
+    ledger = Ledger(output)
+    used = [n for step in range(steps) for n in ledger.batches[step]]
+    left = [entry.item.number for entry in ledger.open_entries()]
+    assert sorted(ledger.batches) == list(range(steps))
+    assert sorted(used + left) == list(range(ledger.num_issued))
+    ledger.close()
+
+
+def test_a_run_writes_what_it_says(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "out", evaluate={"constants": 5})
+    directory = run_config(config)
+    assert directory == config.output / "model"
+    load_checkpoint(directory)
+    metrics = MetricsFile(config.output)
+    rows = metrics.read("train")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert set(row["rewards"]) <= {"add", "next"} and 0 <= row["reward"] <= 1
+        assert row["age"] == row["age_max"] == 0 and row["credit"]["episodes"] == 1.0
+        assert 0 < row["length"] <= 32
+        # The engine that wrote the tokens and the trainer agree up to rounding.
+        assert abs(row["policy"]["mismatch"] - 1) < 1e-5
+    names = {name for row in rows for name in row["rewards"]}
+    assert names == {"add", "next"}
+    found = json.loads((config.output / "evaluation.json").read_text())
+    assert set(found["before"]["domains"]) == {"add", "next"} == set(found["constant"])
+    assert found["before"]["step"] == 0 and found["after"]["step"] == 4
+    check_books(config.output, 4)
+    assert "groups_per_step" in (config.output / "recipe.json").read_text()
+
+
+@pytest.mark.usefixtures("no_page")
+def test_in_turns_a_run_is_reproducible_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    straight, cut = (recipe(tmp_path / name, evaluate=None) for name in ("one", "two"))
+    run_config(straight)
+    run_config(recipe(cut.output, trainer={"steps": 2}, evaluate=None))
+    wanted = weights(straight.output, 4)
+    assert same(weights(cut.output, 2), weights(straight.output, 2))
+    run_config(cut)
+    assert same(weights(cut.output, 4), wanted)
+    check_books(cut.output, 4)
+
+
+@pytest.mark.usefixtures("no_page")
+def test_steps_after_the_last_checkpoint_are_taken_again(tmp_path: Path) -> None:
+    """With generation ahead of training too, since the ledger has the batches."""
+    config = recipe(tmp_path / "out", pipeline={"max_age": 2}, evaluate=None)
+    run_config(config)
+    wanted, rows = weights(config.output, 4), MetricsFile(config.output).read("train")
+    assert max(row["age_max"] for row in rows) in (1, 2)
+    shutil.rmtree(config.output / "step-000004")  # killed before it was written
+    run_config(config)
+    assert same(weights(config.output, 4), wanted)
+    after = MetricsFile(config.output).read("train")
+    assert [row["rewards"] for row in after] == [row["rewards"] for row in rows]
+    check_books(config.output, 4)
+
+
+@pytest.mark.usefixtures("no_page")
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe(tmp_path / "out", pipeline={"max_age": 1}, evaluate={"every": 2})
+    step = Trainer.train_step
+
+    def stop_after_second(self: Trainer, samples: Any, **options: Any) -> dict[str, Any]:
+        figures = step(self, samples, **options)
+        self._stop = figures["step"] == 2
+        return figures
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_after_second)
+        assert run_config(config) is None
+    assert run_config(config) is not None
+    check_books(config.output, 4)
+    rows = MetricsFile(config.output).read("accuracy")
+    assert [row["step"] for row in rows] == [0, 2, 4]
+
+
+@pytest.mark.usefixtures("no_page")
+def test_adapters_learn_over_a_frozen_base(tmp_path: Path) -> None:
+    config = recipe(
+        tmp_path / "out", lora={"r": 4}, trainer={"steps": 2}, optim={"lr": 1e-2}, evaluate=None
+    )
+    directory = run_config(config)
+    assert directory == config.output / "adapter"
+    assert (directory / "adapter_config.json").exists()
+    rows = MetricsFile(config.output).read("train")
+    assert rows[-1]["grad_norm"] > 0
+    assert abs(rows[-1]["policy"]["mismatch"] - 1) < 1e-5  # the engine has them merged
+
+
+@pytest.mark.usefixtures("no_page")
+def test_what_came_before_a_kept_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    trainer = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 1}
+    config = recipe(tmp_path / "out", trainer=trainer, evaluate=None)
+    run_config(config)
+    lines = [json.loads(line) for line in (config.output / "ledger.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "trained"] == [0, 1, 2, 3]
+    kept = {line["item"] for line in lines if line["event"] == "finished"}
+    assert kept == {n for line in lines if line.get("step", 0) >= 3 for n in line["items"]}
+
+
+@pytest.mark.usefixtures("no_page")
+def test_an_engine_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> None:
+        raise ValueError("out of order")
+
+    monkeypatch.setattr("aprium.engine.engine.Engine.step", fail)
+    with pytest.raises(EngineError, match="out of order"):
+        run_config(recipe(tmp_path / "out", evaluate=None))
+
+
+def test_an_episode_without_scores_is_left_out() -> None:
+    one, other = (
+        Trajectory(
+            task="t",
+            domain="d",
+            tokens=(1, 2),
+            sampled=(False, True),
+            logprobs=(0.0, -1.0),
+            reward=reward,
+            weight_spans=((0, 1),),
+        )
+        for reward in (0.0, 1.0)
+    )
+    said = TeacherScores(teacher="x", logprobs=(0.0, -0.5))
+    group = Group(task="t", trajectories=(one, other))
+    found = learn(group, CreditConfig(kl_weight=1.0), (None, said))
+    assert [sample.teacher_logprob for sample in found.samples] == [(0.0, -0.5)]
+    assert found.figures["unscored"] == 1.0
+    assert len(learn(group, CreditConfig(), (None, said)).samples) == 2
+    assert learn(group, CreditConfig(kl_weight=1.0), (None, None)).samples == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"domains": []}, ConfigError, "domains is empty"),
+        ({"domains": [{"name": "a", "family": "nothing"}]}, TaskError, "no environment 'nothing'"),
+        ({"credit": {"kl_weight": 1.0}}, ConfigError, r"add a \[teachers\] table"),
+        ({"loss": {"policy": {"distillation": "full"}}}, ConfigError, r"add a \[teachers\] table"),
+        (
+            {"loss": {"policy": {"distillation": "top_k"}}, "teachers": {}},
+            ConfigError,
+            "with teachers.top",
+        ),
+        ({"rollout": {"temperature": 0.0}}, ConfigError, "episodes of a group must differ"),
+        ({"engine": {"max_num_sequences": 4}}, ConfigError, "unknown key engine.max_num_sequences"),
+        (
+            {"teachers": {}, "credit": {"kl_weight": 1.0}},
+            ConfigError,
+            "domain 'add' is 1 and it has no teacher",
+        ),
+        (
+            {"domains": [{"name": "a", "family": "exercises", "teacher": "b"}]},
+            ConfigError,
+            "has teacher 'b' and there are no teachers",
+        ),
+        (
+            {"domains": [{"name": "a", "family": "exercises", "options": {"families": ["last"]}}]},
+            TaskError,
+            "ask for fewer than 3",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run_config(recipe(tmp_path / "out", **changes))
