@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Aligned(torch.autograd.Function):
-    """`x @ weight.T` into rows that begin at cache lines, which the library fills a third faster."""
+    """`x @ weight.T` into rows that begin at cache lines, which are filled faster."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
