@@ -28,7 +28,7 @@ class LossConfig:
     the whole vocabulary, for which there must be a teacher. `mtp_weight` is the total over
     `mtp_depths` recursive applications of the prediction head.
     `balance_weight` scales the sequence-wise balance loss, `bias_rate` the step of the selection
-    bias after each update.
+    bias after each update, which falls with the learning rates.
     """
 
     ce_weight: float = 1.0
