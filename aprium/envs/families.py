@@ -166,12 +166,16 @@ def _digits(a: int, b: int) -> zip:
 
 def _add(rng: random.Random, words: Sequence[str]) -> Exercise:
     a, b = _number(rng), _number(rng)
+    return _task(rng, "add", (a, b), a + b, _sums(a, b))
+
+
+def _sums(a: int, b: int) -> str:
     steps, carry = [], 0
     for x, y in _digits(a, b):
         total = x + y + carry
         steps.append(f"{x}+{y}{f'+{carry}' if carry else ''}={total}")
         carry = total // 10
-    return _task(rng, "add", (a, b), a + b, ",".join(steps))
+    return ",".join(steps)
 
 
 def _subtract(rng: random.Random, words: Sequence[str]) -> Exercise:
@@ -257,7 +261,7 @@ def _caesar(rng: random.Random, words: Sequence[str]) -> Exercise:
 
 def _next(rng: random.Random, words: Sequence[str]) -> Exercise:
     number = _number(rng)
-    return _task(rng, "next", (number,), number + 1)
+    return _task(rng, "next", (number,), number + 1, _sums(number, 1))
 
 
 def _even(rng: random.Random, words: Sequence[str]) -> Exercise:

@@ -106,6 +106,8 @@ def test_worked_steps_end_in_the_answer() -> None:
         task = draw("sort", rng, WORDS, held_out=False)
         least = [int(step.split("|")[0]) for step in task.reasoning.split(";")]
         assert least == sorted(map(int, task.key.split(", ")))[:-1]
+        task = draw("next", rng, WORDS, held_out=False)
+        assert task.reasoning.split(",")[0] == f"{task.key[-1]}+1={int(task.key[-1]) + 1}"
         task = draw("multiply", rng, WORDS, held_out=False)
         assert task.reasoning.split("=")[-1] == task.answer
 
