@@ -41,7 +41,8 @@ class LossConfig:
     samples without a `kl_weight` by their `ce_weight`. `mtp_weight` is the total over `mtp_depths`
     recursive applications of the prediction head, on all tokens with a `ce_weight` or `rl_weight`;
     with `mtp_detach` only the head learns from it. `balance_weight` scales the sequence-wise
-    balance loss, `bias_rate` the step of the selection bias after each update.
+    balance loss, `bias_rate` the step of the selection bias after each update, which falls with
+    the learning rates.
     """
 
     ce_weight: float = 1.0
