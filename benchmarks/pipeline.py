@@ -59,6 +59,7 @@ class Jumping(selectors.SelectSelector):
         self.now = 0.0
 
     def select(self, timeout: float | None = None):
+        """Let the time pass at once instead of waiting for it."""
         self.now += timeout or 0.0
         return super().select(0)
 
@@ -105,15 +106,18 @@ class Stage:
         )
 
     async def generate(self, item: Item) -> Group:
+        """Play a group of episodes of drawn lengths."""
         lengths = [self._draw(self._rng) for _ in range(EPISODES)]
         return Group(task="t", trajectories=await asyncio.gather(*map(self._episode, lengths)))
 
     async def score(self, group: Group) -> Scores:
+        """Let a teacher take its time."""
         async with self._scorers:
             await asyncio.sleep(self._score_s)
         return (TeacherScores(teacher="t", logprobs=(0.0, -1.0)),) * EPISODES
 
     async def credit(self, group: Group, scores: Scores) -> Learnt:
+        """Learn nothing."""
         return Learnt()
 
 

@@ -351,7 +351,8 @@ class Trainer:
         # It falls with the learning rates, so that the last choices are not moved to and fro; while
         # those are only rising the router has to be held already.
         held = 1.0 if progress.step < self.optim.warmup_steps else factor
-        balance_experts(self.model, loads, 0.0 if config.freeze_router else self.loss.bias_rate * held)
+        rate = 0.0 if config.freeze_router else self.loss.bias_rate
+        balance_experts(self.model, loads, rate * held)
         vios = max_violations(loads)
         tokens = sum(len(sample.tokens) for sample in samples)
         progress.step += 1
