@@ -73,7 +73,9 @@ class _NativeNorm(torch.autograd.Function):
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(wide)
         grad_gate = None if gate is None else gate.new_empty(gate.shape)
         to = (grad_x.data_ptr(), _address(grad_gate), grad_weight.data_ptr())
-        ctx.machine.norm_backward(*_inputs(x, gate, wide, *ctx.call, scales), grad.data_ptr(), to)
+        num_groups, eps = ctx.call
+        inputs = _inputs(x, gate, wide, num_groups, eps, scales)
+        ctx.machine.norm_backward(*inputs, grad.data_ptr(), to)
         return grad_x, grad_gate, grad_weight.to(weight.dtype), None, None
 
 
