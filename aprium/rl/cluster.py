@@ -132,40 +132,45 @@ class Cluster:
         try:
             if self._started:
                 self._start(weights_bytes)
-            self._group = self._place()
+            self._place()
         except BaseException:
             self.close()
             raise
 
     def _start(self, weights_bytes: int) -> None:
         usual: dict[str, Any] = {"include_dashboard": False, "logging_level": "warning"}
+        usual["address"] = self.config.address or "local"
         if self.config.address is None:
             # It is there for this run alone: what the actors take may be more than the cores.
             cpus = sum(bundle.get("CPU", 0.0) for bundle in self.config.bundles())
             store = self.config.object_store_bytes
             usual["num_cpus"] = max(os.cpu_count() or 1, int(-(-cpus // 1)))
             usual["object_store_memory"] = store or max(3 * weights_bytes, _LEAST_STORE_BYTES)
-        else:
-            usual["address"] = self.config.address
         try:
             with _own_signals():
                 self.ray.init(**usual)
         except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+            cause = str(error).partition("\n")[0]
+            if self.config.address is None:
+                raise ConfigError(
+                    f"Ray cannot be started here ({cause}): mend that, or leave the [cluster] "
+                    "table out to run in one process"
+                ) from error
             raise ConfigError(
-                f"cluster.address is {self.config.address!r} and Ray cannot be reached "
-                f"({str(error).splitlines()[0]}): run `ray start --head` on one machine and `ray "
-                "start --address=HOST:6379` on the others, or leave cluster.address out"
+                f"cluster.address is {self.config.address!r} and Ray cannot be reached there "
+                f"({cause}): run `ray start --head` on one machine and `ray start "
+                "--address=HOST:6379` on the others, or leave cluster.address out"
             ) from error
 
-    def _place(self) -> Any:
-        """Return a placement group that has been granted."""
+    def _place(self) -> None:
+        """Wait until the actors have been granted their places."""
         config, ray = self.config, self.ray
-        group = ray.util.placement_group(config.bundles(), strategy=config.strategy)
+        self._group = ray.util.placement_group(config.bundles(), strategy=config.strategy)
         timeout_s = config.start_timeout_s
         if self._started and config.address is None:
             timeout_s = min(timeout_s, 60.0)  # no other machine is going to join
         try:
-            ray.get(group.ready(), timeout=timeout_s)
+            ray.get(self._group.ready(), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
             names = {name for bundle in config.bundles() for name in bundle}
             there = {name: ray.cluster_resources().get(name, 0.0) for name in sorted(names)}
@@ -174,7 +179,6 @@ class Cluster:
                 f"({config.strategy}) on {len(ray.nodes())} nodes that have {there} in all: ask "
                 "for less in [cluster], or add nodes with `ray start`"
             ) from error
-        return group
 
     def actor(self, cls: type, bundle: int) -> Any:
         """Start an actor in its place; see `bundles`."""

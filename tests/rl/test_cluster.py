@@ -450,6 +450,7 @@ def started() -> Iterator[Any]:
 def ray_test(function: Any) -> Any:
     """Mark what runs on Ray, whose processes end when they like."""
     function = pytest.mark.filterwarnings("ignore:subprocess .* is still running")(function)
+    function = pytest.mark.filterwarnings("ignore:Creating legend")(function)  # where cores are few
     function = pytest.mark.timeout(1800)(function)
     return pytest.mark.slow(function)
 
