@@ -58,8 +58,8 @@ class Jumping(selectors.SelectSelector):
         super().__init__()
         self.now = 0.0
 
-    def select(self, timeout: float | None = None):
-        """Let the time pass at once instead of waiting for it."""
+    def select(self, timeout: float | None = None) -> list:
+        """Return what is ready, as if the time had passed."""
         self.now += timeout or 0.0
         return super().select(0)
 
@@ -106,18 +106,18 @@ class Stage:
         )
 
     async def generate(self, item: Item) -> Group:
-        """Play a group of episodes of drawn lengths."""
+        """Play a group."""
         lengths = [self._draw(self._rng) for _ in range(EPISODES)]
         return Group(task="t", trajectories=await asyncio.gather(*map(self._episode, lengths)))
 
     async def score(self, group: Group) -> Scores:
-        """Let a teacher take its time."""
+        """Score a group."""
         async with self._scorers:
             await asyncio.sleep(self._score_s)
         return (TeacherScores(teacher="t", logprobs=(0.0, -1.0)),) * EPISODES
 
     async def credit(self, group: Group, scores: Scores) -> Learnt:
-        """Learn nothing."""
+        """Make a sample, in no time."""
         return Learnt()
 
 
