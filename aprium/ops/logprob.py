@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from aprium.ops.matmul import linear
 
@@ -116,6 +117,21 @@ class _WeightedLogprob(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grads[0]).to(ctx.dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def log_normalizers(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return log(sum(exp(logits))) of each row, float32 (float64 for float64 input) [R].
+
+    `hidden` [R, D], `weight` [V, D]; differentiable in both. The backward pass makes the logits
+    again.
+    """
+    size = max(1, _CHUNK_VALUES // weight.shape[0])
+    rows = hidden.split(size)
+    return torch.cat([checkpoint(_normalizers, r, weight, use_reentrant=False) for r in rows])
+
+
+def _normalizers(rows: Tensor, weight: Tensor) -> Tensor:
+    return _wide(linear(rows, weight)).logsumexp(-1)
 
 
 def kl_divergence(

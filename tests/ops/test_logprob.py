@@ -34,6 +34,17 @@ def test_bfloat16_weight_keeps_its_dtype() -> None:
     assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_log_normalizers(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(logprob, "_CHUNK_VALUES", 4 * 7)
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    found = logprob.log_normalizers(hidden, weight)
+    torch.testing.assert_close(found, (hidden @ weight.T).logsumexp(-1))
+    assert torch.autograd.gradcheck(logprob.log_normalizers, (hidden, weight))
+
+
 def test_several_targets_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprob, "_CHUNK_VALUES", 4 * 7)
     generator = torch.Generator().manual_seed(0)
