@@ -4,8 +4,8 @@ The embedded engine, a server somewhere else and a script in a test all look lik
 whoever plays an episode or grades an answer never knows which one it talks to.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol, runtime_checkable
 
 from aprium.base.records import Completion, SamplingParams
 
@@ -25,5 +25,23 @@ class Policy(Protocol):
         """Return the natural-log probability of each token given those before it; entry 0 is None.
 
         Raises as `complete` does.
+        """
+        ...
+
+
+@runtime_checkable
+class GroupPolicy(Policy, Protocol):
+    """A model that reads a prompt once for all of its continuations.
+
+    Calls with the seeds `seed` to `seed + n - 1` are taken for later turns of those that began with
+    `seed` and `n`.
+    """
+
+    def complete_all(
+        self, tokens: Sequence[int], params: SamplingParams
+    ) -> AsyncGenerator[Completion, None]:
+        """Yield the `params.n` continuations of `tokens` as they end.
+
+        Raises as `complete` does. Closing the iterator stops those that have not ended.
         """
         ...

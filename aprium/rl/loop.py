@@ -21,11 +21,10 @@ from aprium.base.errors import ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Group, Sample
 from aprium.checkpoint.hub import resolve
-from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
-from aprium.engine.policy import EnginePolicy
 from aprium.model.model import HybridModel
 from aprium.parallel.mesh import require_one_process
+from aprium.rl.cluster import Cluster, ClusterConfig, RemoteTeachers
 from aprium.rl.credit import CreditConfig, Credited, credit
 from aprium.rl.curriculum import CurriculumConfig
 from aprium.rl.deal import Course, Deal, Dealer
@@ -33,10 +32,10 @@ from aprium.rl.evaluate import (
     EvaluateConfig,
     Evaluation,
     as_figures,
-    chat_format,
     constant_baselines,
 )
 from aprium.rl.figures import Tally
+from aprium.rl.generation import Embedded, Generation
 from aprium.rl.ledger import Item, Ledger, Scores
 from aprium.rl.pipeline import Pipeline, PipelineConfig, Played, Stages
 from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts
@@ -63,8 +62,8 @@ class RlConfig:
     engine that plays, such as `max_num_seqs` or `speculative`. `optimizer` "adamw" trains
     everything with `optim.lr`, "muon" matrices with `optim.muon_lr`. `lora` trains adapters beside
     the weights, which may then be quantised. `teachers` score the episodes of domains that name
-    one. A `curriculum` goes from easy to hard ones of `rollout.pool` tasks. Paths are relative to
-    the working directory.
+    one. A `curriculum` goes from easy to hard ones of `rollout.pool` tasks. With `cluster` engines
+    and teachers are Ray actors; see `rl/cluster.py`. Paths are relative to the working directory.
     """
 
     output: Path
@@ -86,6 +85,7 @@ class RlConfig:
     lora: LoraConfig | None = None
     teachers: TeachersConfig | None = None
     curriculum: CurriculumConfig | None = None
+    cluster: ClusterConfig | None = None
 
     def __post_init__(self) -> None:
         """Check that there is something to play, and that teachers say what is asked of them."""
@@ -110,6 +110,16 @@ class RlConfig:
             raise ConfigError(
                 "credit.kl_weight or kl_weights ask for teachers and there are none: add a "
                 "[teachers] table, or set them to 0"
+            )
+        if self.cluster is not None and self.cluster.teachers and teachers is None:
+            raise ConfigError(
+                f"cluster.teachers is {self.cluster.teachers} and there are no teachers: add a "
+                "[teachers] table, or set it to 0"
+            )
+        if self.cluster is not None and self.cluster.teachers and form == "full":
+            raise ConfigError(
+                f"cluster.teachers is {self.cluster.teachers} and loss.policy.distillation is "
+                "'full', for which the trainer itself has the teachers: set it to 0"
             )
 
 
@@ -257,7 +267,7 @@ class Learner:
     async def _push(self, player: "_Player", step: int) -> None:
         if self._pushed != step:
             recompute = self._config.rollout.recompute
-            await self._weights.push(player.engine, step, recompute=recompute)
+            await player.generation.push(self._weights, step, recompute=recompute)
             self._pushed = step
 
     async def _evaluate(self, player: "_Player", step: int) -> None:
@@ -266,7 +276,8 @@ class Learner:
         if any(row["step"] == step for row in self._metrics.read("accuracy")):
             return
         await self._push(player, step)
-        found = await self._evaluation(EnginePolicy(player.engine, priority=-1), player.chat)
+        generation = player.generation
+        found = await self._evaluation(generation.policy(priority=-1), generation.chat)
         self._metrics.append("accuracy", {"step": step} | as_figures(found))
         for name, one in found.items():
             log.info("step %d: %s %.3f +- %.3f", step, name, one.accuracy, one.standard_error)
@@ -283,7 +294,7 @@ def _dealer(config: RlConfig) -> Dealer:
 
 
 class _Player:
-    """The thread in which episodes are played, with its event loop, engine, books and pipeline."""
+    """The thread in which episodes are played, with its event loop, engines, books and pipeline."""
 
     def __init__(
         self,
@@ -296,12 +307,18 @@ class _Player:
         with contextlib.ExitStack() as undone:
             self.ledger = Ledger(config.output)
             undone.callback(self.ledger.close)
-            self._teachers = _open_teachers(config, path)
-            self.engine = AsyncEngine(engine, weights.checkpoint(path))
-            undone.callback(lambda: asyncio.run(self.engine.close()))
-            self.chat = chat_format(self.engine)
-            policy = EnginePolicy(self.engine)
-            self._rollouts = Rollouts(config.domains, config.rollout, policy, self.chat)
+            teachers = _make_teachers(config, path)
+            self._cluster: Cluster | None = None
+            if config.cluster is not None:
+                self._cluster = Cluster(config.cluster, weights.num_bytes)
+                undone.callback(self._cluster.close)
+            self._teachers = _place_teachers(config, teachers, self._cluster)
+            self.generation = _open_generation(config, engine, path, weights, self._cluster)
+            undone.callback(lambda: asyncio.run(self.generation.close()))
+            if self._cluster is not None:
+                self._cluster.open()
+            policy, chat = self.generation.policy(), self.generation.chat
+            self._rollouts = Rollouts(config.domains, config.rollout, policy, chat)
             self._credit = config.credit
             self._full = config.loss.policy.distillation == "full"
             stages = Stages(
@@ -317,8 +334,8 @@ class _Player:
 
     async def _generate(self, item: Item) -> Group:
         group = await self._rollouts.play(item)
-        if self.engine.failed is not None:  # which looks like a failure of every episode
-            raise self.engine.failed
+        if self.generation.failed is not None:  # which looks like a failure of every episode
+            raise self.generation.failed
         return group
 
     async def _score(self, group: Group) -> Scores:
@@ -335,7 +352,7 @@ class _Player:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def close(self) -> None:
-        """Stop episodes, teachers, engine and thread."""
+        """Stop episodes, teachers, engines and thread."""
         try:
             self.call(self._close())
         finally:
@@ -343,13 +360,15 @@ class _Player:
             self._thread.join()
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
+            if self._cluster is not None:
+                self._cluster.close()
             self.ledger.close()
 
     async def _close(self) -> None:
         await self.pipeline.close()
         if self._teachers is not None:
             await self._teachers.close()
-        await self.engine.close()
+        await self.generation.close()
 
 
 def learn(group: Group, config: CreditConfig, scores: Scores) -> Credited:
@@ -391,7 +410,7 @@ def _load_teachers(config: RlConfig, path: Path) -> dict[str, HybridModel] | Non
     return load_models(config.teachers, path, routes)
 
 
-def _open_teachers(config: RlConfig, path: Path) -> Teachers | None:
+def _make_teachers(config: RlConfig, path: Path) -> Teachers | None:
     """Return who scores episodes; raises ConfigError for a domain that lacks a teacher."""
     if config.loss.policy.distillation == "full":
         return None  # the trainer has them
@@ -416,6 +435,25 @@ def _open_teachers(config: RlConfig, path: Path) -> Teachers | None:
                 "[teachers] table, or leave it out"
             )
     return None
+
+
+def _place_teachers(
+    config: RlConfig, teachers: Teachers | None, cluster: Cluster | None
+) -> Teachers | RemoteTeachers | None:
+    """Let actors do what `teachers` would do in this process, where the recipe says so."""
+    if teachers is None or cluster is None or not cluster.config.teachers:
+        return teachers
+    assert config.teachers is not None
+    domains = [domain.name for domain in config.domains]
+    return cluster.teachers(teachers, config.teachers, student=config.checkpoint, domains=domains)
+
+
+def _open_generation(
+    config: RlConfig, engine: EngineConfig, path: Path, weights: Weights, cluster: Cluster | None
+) -> Generation:
+    if cluster is None:
+        return Embedded(engine, path, weights)
+    return cluster.generators(replace(engine, model=config.checkpoint), path, weights)
 
 
 def _engine_config(config: RlConfig, path: Path) -> EngineConfig:

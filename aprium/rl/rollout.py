@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aprium.base.errors import ConfigError
-from aprium.base.policy import Policy
+from aprium.base.policy import GroupPolicy, Policy
 from aprium.base.records import Completion, Group, SamplingParams
-from aprium.engine.policy import EnginePolicy
 from aprium.envs.dialogue import ChatFormat
 from aprium.envs.env import Limits, run_episode
 from aprium.envs.family import Family, take
@@ -146,9 +145,10 @@ class Rollouts:
 async def forked(policy: Policy, size: int, seed: int) -> AsyncIterator[list[Policy]]:
     """Give `size` policies to the episodes of a group, which read their first prompt once.
 
-    Continuation i of that prompt goes to policy i. Any policy but an engine's is given as it is.
+    Continuation i of that prompt goes to policy i. A policy that is no `GroupPolicy` is given as it
+    is.
     """
-    if not isinstance(policy, EnginePolicy) or size == 1:
+    if not isinstance(policy, GroupPolicy) or size == 1:
         yield [policy] * size
         return
     root = _Root(policy, size, seed)
@@ -161,7 +161,7 @@ async def forked(policy: Policy, size: int, seed: int) -> AsyncIterator[list[Pol
 class _Root:
     """The one prompt that the episodes of a group begin with, and its continuations."""
 
-    def __init__(self, policy: EnginePolicy, size: int, seed: int) -> None:
+    def __init__(self, policy: GroupPolicy, size: int, seed: int) -> None:
         self.policy, self._size, self._seed = policy, size, seed
         self._tokens: tuple[int, ...] | None = None
         self._params: SamplingParams | None = None

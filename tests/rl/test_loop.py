@@ -138,14 +138,15 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("no_page")
 def test_adapters_learn_over_a_frozen_base(tmp_path: Path) -> None:
     config = recipe(
-        tmp_path / "out", lora={"r": 4}, trainer={"steps": 2}, optim={"lr": 1e-2}, evaluate=None
+        tmp_path / "out", lora={"r": 4}, trainer={"steps": 4}, optim={"lr": 1e-2}, evaluate=None
     )
     directory = run_config(config)
     assert directory == config.output / "adapter"
     assert (directory / "adapter_config.json").exists()
     rows = MetricsFile(config.output).read("train")
-    assert rows[-1]["grad_norm"] > 0
-    assert abs(rows[-1]["policy"]["mismatch"] - 1) < 1e-5  # the engine has them merged
+    assert max(row["grad_norm"] for row in rows) > 0
+    for row in rows:
+        assert abs(row["policy"]["mismatch"] - 1) < 1e-5  # the engine has them merged
 
 
 @pytest.mark.usefixtures("no_page")
@@ -290,7 +291,7 @@ def test_whole_distributions_need_teachers_in_the_process(tmp_path: Path) -> Non
 
 def test_the_shipped_recipe_can_be_read() -> None:
     config = load_toml(RlConfig, RECIPES / "rl-pico.toml")
-    assert [domain.name for domain in config.domains] == ["smallest", "repeat"]
+    assert [domain.name for domain in config.domains] == ["sort", "compare"]
     assert config.credit.drop_equal and config.trainer.freeze_router
 
 
