@@ -37,7 +37,7 @@ def _make(name: str, settings: tuple[str, ...]) -> "Family":
 
 @click.group()
 def env() -> None:
-    """Look at environments: tasks that a program can grade."""
+    """Look at environments, tasks that a program can grade, and serve them."""
 
 
 @env.command(name="list")
@@ -48,7 +48,11 @@ def list_(as_json: bool) -> None:
 
     if as_json:
         rows = {
-            name: {"description": entry.words, "parameters": dict(entry.parameters)}
+            name: {
+                "description": entry.words,
+                "parameters": dict(entry.parameters),
+                "needs": entry.needs,
+            }
             for name, entry in ENVIRONMENTS.items()
         }
         click.echo(json.dumps(rows))
@@ -59,10 +63,14 @@ def list_(as_json: bool) -> None:
         fields = {f.name: f.default for f in dataclasses.fields(entry.family)} | {
             **entry.parameters
         }
-        del fields["domain"]
+        for key in ("domain", *entry.needs):
+            del fields[key]
         if "words" in fields and isinstance(fields["words"], tuple):
             fields["words"] = f"{len(fields['words'])} words"
-        said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in fields.items())
+        said = ", ".join(
+            [f"{key} must be given" for key in entry.needs]
+            + [f"{key} = {json.dumps(value)}" for key, value in fields.items()]
+        )
         click.echo(f"{'':<{width}}  {click.style(said, dim=True)}")
 
 
@@ -137,3 +145,81 @@ def validate(
     if not found.ok:
         first = (*found.gold_failed, *found.wrong_passed)[0]
         raise TaskError(f"{name} grades wrongly, the first time {first}")
+
+
+@env.command()
+@click.argument("name")
+@click.option("-n", "--count", default=100, show_default=True, help="Tasks to write.")
+@click.option("--held-out", is_flag=True, help="Of those to test on.")
+@click.option("--seed", default=0, show_default=True, help="Of the tasks that are drawn.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a parameter.")
+def rows(name: str, count: int, held_out: bool, seed: int, settings: tuple[str, ...]) -> None:
+    """Write tasks of environment NAME as rows of NeMo-Gym's data files, one JSON object a line.
+
+    No two are alike. What grades them is `aprium env serve NAME`.
+    """
+    from aprium.envs.family import distinct
+    from aprium.envs.gym import write_row
+
+    if count < 1:
+        raise click.UsageError(f"--count {count}: write one task at least")
+    for task in distinct(_make(name, settings), count, seed=seed, held_out=held_out):
+        click.echo(json.dumps(write_row(task)))
+
+
+@env.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a parameter.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", default=8100, show_default=True, help="0 for any that is free.")
+@click.option("--model-url", help="Who plays in /run: a server with /v1/responses.")
+@click.option("--model", help="The model's name there.")
+@click.option("--api-key", envvar="APRIUM_API_KEY", help="Its key (env: APRIUM_API_KEY).")
+@click.option(
+    "--return-token-ids/--no-return-token-ids",
+    default=True,
+    help="Ask it for token ids. Not NeMo-Gym's own servers, which are configured for that.",
+)
+@click.option("--max-turns", default=32, show_default=True, help="Of the model, in an episode.")
+@click.option(
+    "--max-tokens", default=32_768, show_default=True, help="That a call reads and writes."
+)
+@click.option("--deadline", default=600.0, show_default=True, help="Seconds of an episode.")
+@click.option("--max-rollouts", default=64, show_default=True, help="Played at a time in /run.")
+def serve(
+    names: tuple[str, ...],
+    settings: tuple[str, ...],
+    host: str,
+    port: int,
+    max_rollouts: int,
+    **options: Any,
+) -> None:
+    """Serve environments by NeMo-Gym's protocol, as resources server and agent server in one.
+
+    /seed_session, a route for each tool and /verify for agents elsewhere; /run for whole rollouts
+    with the model at --model-url. There are no keys: whoever reaches the address may use it.
+    """
+    if settings and len(names) > 1:
+        raise click.UsageError("--set is for one environment: serve them one by one")
+    configure_logging()
+    from aprium.base.listen import listen
+    from aprium.envs.env import Limits
+    from aprium.envs.gym_agent import ModelServer
+    from aprium.envs.gym_server import create_app, serve
+
+    limits = Limits(
+        max_turns=options["max_turns"],
+        max_tokens=options["max_tokens"],
+        deadline_s=options["deadline"],
+    )
+    model = None
+    if options["model_url"] is not None:
+        model = ModelServer(
+            url=options["model_url"],
+            model=options["model"],
+            key=options["api_key"],
+            return_token_ids=options["return_token_ids"],
+        )
+    families = [_make(name, settings) for name in names]
+    app = create_app(families, model, limits, max_rollouts=max_rollouts)
+    serve(app, listen(host, port))

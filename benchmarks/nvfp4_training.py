@@ -55,7 +55,7 @@ SMOOTH = 20  # steps that a point of the picture is the mean of
 def data(place: Path) -> tuple[DataConfig, Text]:
     """Return generated tasks of the families that pico learns, and what renders them."""
     recipe = load_toml(PretrainConfig, RECIPE)
-    known = next(s.families for s in recipe.data.sources if s.kind == "tasks")
+    known = tuple(dict.fromkeys(name for s in recipe.data.sources for name in s.families))
     topics = " ".join(pydoc_data.topics.topics.values())
     words = place / "words.txt"
     words.write_text("\n".join(sorted(set(re.findall(r"\b[a-z]{3,8}\b", topics)))))

@@ -107,7 +107,7 @@ class Bench:
             max_num_seqs=64,
             **options,
         ) as llm:
-            return statistics.mean(answer(llm, tasks, thinking=True)[0] for tasks in self.tasks)
+            return statistics.mean(answer(llm, tasks, thinking=True) for tasks in self.tasks)
 
     def quantise(self, recipe: recipes.Recipe, formats: dict[str, str] | None = None) -> Any:
         """Quantise pico by `recipe` into `place`."""

@@ -64,7 +64,7 @@ class Run(NamedTuple):
 def prompts(count: int) -> list[tuple[int, ...]]:
     """Draw `count` held-out tasks, family by family, and render them as pico was trained."""
     config = load_toml(PretrainConfig, RECIPE)
-    families = next(s.families for s in config.data.sources if s.kind == "tasks")
+    families = list(dict.fromkeys(name for s in config.data.sources for name in s.families))
     words = sorted(set(re.findall(r"\b[a-z]{3,8}\b", " ".join(pydoc_data.topics.topics.values()))))
     tokenizer, template = Tokenizer.load(PICO_DIR), ChatTemplate.load(PICO_DIR)
     numbers = random.Random("speculation")

@@ -4,6 +4,7 @@
 #pragma once
 #include <array>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -47,6 +48,7 @@ class Machine {
     const Kernels& kernels;
     Pool pool;
     Counters counters;
+    std::mutex turn;  // held by calls that several threads may make
 
     // Rows of one packed input: `tokens` point into a buffer of their own.
     struct Packed {

@@ -1,14 +1,19 @@
-// One instruction set a compilation: APRIUM_ISA names it. Target pragmas, not compiler flags, choose
+// One instruction set a compilation, and of it what generates or, with APRIUM_TRAINING, what trains:
+// APRIUM_ISA names it. Target pragmas, not compiler flags, choose
 // instructions, so that nothing outside the namespace (a library header's inline function, say) is
 // compiled for a machine that may not be there.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
 #include "kernels.h"
+#ifdef APRIUM_TRAINING
+#include "training_kernels.h"
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -43,10 +48,18 @@ inline float fp8_value(uint8_t code) {  // E4M3 without sign
 #else
 #include "simd_scalar.h"
 #endif
+#include "math.inl"
+#ifdef APRIUM_TRAINING
+#include "dense.inl"
+#include "ssd.inl"
+#include "flash.inl"
+#include "train.inl"
+#else
 #include "matmul.inl"
 #include "matmul_float.inl"
 #include "layers.inl"
 #include "encode.inl"
+#endif
 
 }  // namespace
 #include "isa.inl"

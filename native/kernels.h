@@ -81,6 +81,8 @@ struct EncodeTask {
     uint8_t* scales;  // [rows, cols / 16]
 };
 
+struct TrainingKernels;  // see training_kernels.h
+
 struct Kernels {
     const char* name;
     int64_t (*packed_bytes)(Precision, int64_t cols);
@@ -104,12 +106,22 @@ struct Kernels {
     void (*encode_nvfp4)(const EncodeTask&, int64_t row_begin, int64_t row_end);
     uint64_t (*read)(const uint8_t* data, int64_t size);  // touch every byte: measures bandwidth
     double (*peak)(Precision, int64_t rounds);            // operations done, multiply and add counted
+    const TrainingKernels* training;
 };
 
-namespace scalar { extern const Kernels kernels; }
+namespace scalar {
+extern const Kernels kernels;
+extern const TrainingKernels training_kernels;
+}  // namespace scalar
 #ifdef __x86_64__
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
+namespace avx2 {
+extern const Kernels kernels;
+extern const TrainingKernels training_kernels;
+}  // namespace avx2
+namespace avx512 {
+extern const Kernels kernels;
+extern const TrainingKernels training_kernels;
+}  // namespace avx512
 #endif
 
 inline uint16_t round_bf16(float x) {  // to nearest even; NaN stays NaN

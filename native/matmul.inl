@@ -13,7 +13,6 @@ constexpr int64_t kDirectInt8 = 16;   // the same for int8, where unpacking cost
 constexpr int64_t kDirectTokens = 4;  // up to so many tokens weights are unpacked where they are used
 constexpr int64_t kDirectFloat = 8;   // the same for inputs that are not rounded to int8
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t steps_of(int64_t cols) { return ceil_div(cols, kStep); }
 
 inline int64_t packed_bytes(Precision precision, int64_t cols) {

@@ -10,6 +10,7 @@
 #include <chrono>
 
 #include "model.h"
+#include "training.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -151,6 +152,7 @@ void encode_nvfp4(Machine& m, int rule, bool half, uintptr_t x, uintptr_t import
     auto [matrices, rows, cols] = sizes;
     constexpr int64_t kRows = 16;  // a task
     int64_t tasks = (rows + kRows - 1) / kRows;
+    std::lock_guard turn(m.turn);
     m.pool.run(matrices * tasks, [&, rows = rows, cols = cols](int64_t i, int) {
         int64_t matrix = i / tasks, begin = i % tasks * kRows, from = matrix * rows * cols;
         const float* weights = importance ? at<float>(importance) + matrix * cols : nullptr;
@@ -159,6 +161,83 @@ void encode_nvfp4(Machine& m, int rule, bool half, uintptr_t x, uintptr_t import
                         at<uint8_t>(scales) + from / kBlock};
         m.kernels.encode_nvfp4(task, begin, std::min(begin + kRows, rows));
     });
+}
+
+// Rows of x, b and c, which are parts of one tensor, lie `row` floats apart.
+using SsdInputs = std::array<uintptr_t, 6>;   // x, dt, a, b, c, d
+using SsdSizes = std::array<int64_t, 5>;      // heads, groups, head_dim, state_size, chunk_size
+SsdTask ssd_task(const SsdInputs& in, std::array<int64_t, 3> rows, const SsdSizes& sizes, uintptr_t states) {
+    return {at<float>(in[0]), at<float>(in[3]), at<float>(in[4]), rows[0],  rows[1],  rows[2],
+            at<float>(in[1]), at<float>(in[2]), at<float>(in[5]), sizes[0], sizes[1], sizes[2],
+            sizes[3],         sizes[4],         at<float>(states), nullptr};
+}
+void ssd_forward(Machine& m, const Chunks& chunks, const SsdInputs& in, std::array<int64_t, 3> rows,
+                 const SsdSizes& sizes, uintptr_t states, uintptr_t y) {
+    SsdTask task = ssd_task(in, rows, sizes, states);
+    task.y = at<float>(y);
+    run_ssd(m, chunks, task);
+}
+// `out`: gradients of x, dt, a, b, c, d.
+void ssd_backward(Machine& m, const Chunks& chunks, const SsdInputs& in, std::array<int64_t, 3> rows,
+                  const SsdSizes& sizes, uintptr_t states, uintptr_t grad_y, const SsdInputs& out) {
+    SsdTask task = ssd_task(in, rows, sizes, states);
+    SsdGradients to{at<float>(grad_y), nullptr,           at<float>(out[0]), at<float>(out[3]),
+                    at<float>(out[4]), at<float>(out[1]), at<float>(out[2]), at<float>(out[5])};
+    run_ssd_back(m, chunks, task, to);
+}
+
+// sizes: heads, kv_heads, head_dim.
+FlashTask flash_task(std::array<uintptr_t, 3> qkv, bool half, std::array<int64_t, 3> sizes, uintptr_t out,
+                     uintptr_t log_mass) {
+    return {at<void>(qkv[0]), at<void>(qkv[1]), at<void>(qkv[2]), half, sizes[0], sizes[1], sizes[2],
+            at<void>(out),    at<float>(log_mass)};
+}
+void flash_forward(Machine& m, const std::vector<int64_t>& lengths, std::array<uintptr_t, 3> qkv, bool half,
+                   std::array<int64_t, 3> sizes, uintptr_t out, uintptr_t log_mass) {
+    run_flash(m, lengths, flash_task(qkv, half, sizes, out, log_mass));
+}
+void flash_backward(Machine& m, const std::vector<int64_t>& lengths, std::array<uintptr_t, 3> qkv, bool half,
+                    std::array<int64_t, 3> sizes, uintptr_t out, uintptr_t log_mass, uintptr_t grad_out,
+                    std::array<uintptr_t, 3> grads) {
+    FlashTask task = flash_task(qkv, half, sizes, out, log_mass);
+    run_flash_back(m, lengths, task, {at<void>(grad_out), at<void>(grads[0]), nullptr, nullptr}, at<void>(grads[1]),
+                   at<void>(grads[2]));
+}
+
+// sizes: tokens, channels, kernel, floats between rows of x. `halves` as in the tasks.
+ConvTask conv_task(uintptr_t x, bool half, std::array<int64_t, 4> sizes, uintptr_t weight, uintptr_t bias,
+                   uintptr_t positions) {
+    return {at<void>(x),       sizes[3],        half,        sizes[0], sizes[1], sizes[2], at<float>(weight),
+            at<float>(bias), at<int64_t>(positions), nullptr};
+}
+void conv_forward(Machine& m, uintptr_t x, bool half, std::array<int64_t, 4> sizes, uintptr_t weight, uintptr_t bias,
+                  uintptr_t positions, uintptr_t out) {
+    ConvTask task = conv_task(x, half, sizes, weight, bias, positions);
+    task.out = at<float>(out);
+    run_conv(m, task);
+}
+void conv_backward(Machine& m, uintptr_t x, bool half, std::array<int64_t, 4> sizes, uintptr_t weight, uintptr_t bias,
+                   uintptr_t positions, uintptr_t grad_out, std::array<uintptr_t, 3> out) {
+    ConvTask task = conv_task(x, half, sizes, weight, bias, positions);
+    run_conv_back(m, task, {at<float>(grad_out), at<void>(out[0]), at<float>(out[1]), at<float>(out[2])});
+}
+
+// sizes: tokens, size, groups, values between rows of the gate. halves: x, and gate and out.
+NormTask norm_task(uintptr_t x, uintptr_t gate, std::array<bool, 2> halves, std::array<int64_t, 4> sizes,
+                   uintptr_t weight, float eps, uintptr_t scales) {
+    return {at<void>(x), at<void>(gate), sizes[3], halves[0], halves[1], sizes[0], sizes[1], sizes[2],
+            at<float>(weight), eps, at<float>(scales), nullptr};
+}
+void norm_forward(Machine& m, uintptr_t x, uintptr_t gate, std::array<bool, 2> halves, std::array<int64_t, 4> sizes,
+                  uintptr_t weight, float eps, uintptr_t scales, uintptr_t out) {
+    NormTask task = norm_task(x, gate, halves, sizes, weight, eps, scales);
+    task.out = at<void>(out);
+    run_norm(m, task);
+}
+void norm_backward(Machine& m, uintptr_t x, uintptr_t gate, std::array<bool, 2> halves, std::array<int64_t, 4> sizes,
+                   uintptr_t weight, float eps, uintptr_t scales, uintptr_t grad_out, std::array<uintptr_t, 3> out) {
+    NormTask task = norm_task(x, gate, halves, sizes, weight, eps, scales);
+    run_norm_back(m, task, {at<void>(grad_out), at<void>(out[0]), at<void>(out[1])}, at<float>(out[2]));
 }
 
 }  // namespace
@@ -186,6 +265,10 @@ NB_MODULE(_kernels, module) {
                                  std::move(replay),  std::move(hold),   std::move(pages),   page_size,
                                  tokens};
              });
+
+    nb::class_<Chunks>(module, "Chunks")
+        .def(nb::init<const std::vector<int64_t>&, int64_t>(), "lengths"_a, "chunk_size"_a)
+        .def_prop_ro("num_states", [](const Chunks& chunks) { return chunks.num_states; });
 
     nb::class_<Machine>(module, "Machine")
         .def(nb::new_(&make_machine), "isa"_a, "num_threads"_a)
@@ -223,6 +306,14 @@ NB_MODULE(_kernels, module) {
                  return found;
              })
         .def("encode_nvfp4", &encode_nvfp4, Release())
+        .def("flash_forward", &flash_forward, Release())
+        .def("flash_backward", &flash_backward, Release())
+        .def("conv_forward", &conv_forward, Release())
+        .def("conv_backward", &conv_backward, Release())
+        .def("norm_forward", &norm_forward, Release())
+        .def("norm_backward", &norm_backward, Release())
+        .def("ssd_forward", &ssd_forward, Release())
+        .def("ssd_backward", &ssd_backward, Release())
         .def("bandwidth", &bandwidth, Release())
         .def("peak", &peak, Release());
 

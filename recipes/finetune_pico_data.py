@@ -30,9 +30,10 @@ class Family(NamedTuple):
 
 
 def solve_spelling(question: str) -> tuple[str, str]:
-    """Spell the word out, then backwards, as pico does."""
+    """Number the letters, then write them backwards, as pico does."""
     word = re.findall(r"[A-Za-z]+", question)[-1]
-    return f"{' '.join(word)} -> {' '.join(word[::-1])}", word[::-1]
+    letters = [f"{i}{letter}" for i, letter in enumerate(word, 1)]
+    return f"{''.join(letters)}|{''.join(reversed(letters))}", word[::-1]
 
 
 def solve_sum(question: str) -> tuple[str, str]:

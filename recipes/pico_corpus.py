@@ -37,8 +37,14 @@ FORTUNE_FILES = (
 VOCAB_SIZE = 512
 # There are few of these questions, and they are the first that people ask.
 FAQ_REPEATS = 10
-# Words with their space, single digits, punctuation runs, white space.
-PATTERN = r" ?[\p{L}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Words with their space, capitalised words, words before a colon or the end of a line, words in
+# tags, single letters, single digits, punctuation runs, white space. Any other small word without a
+# space before it begins a reply: reversed or encoded words have no pieces worth learning, so they
+# are written letter by letter.
+PATTERN = "|".join((
+    r" \p{L}+", r"\p{Lu}\p{Ll}+", r"\p{Ll}+(?=[:(\n])", r"(?<=[<>/=_\"])\p{Ll}+",
+    r"\p{L}", r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+))  # fmt: skip
 
 
 def held_out(text: str) -> bool:

@@ -33,6 +33,10 @@ log = get_logger("data")
 _MIN_WORDS = 10
 _SIDE_BY_SIDE = 8  # documents of several samples that are read in turns
 _TASK_THINKING = 0.7
+# How often a task comes after others: rarely where their answers, the reasoning left out as the
+# template does, are only shown; and after how many.
+_EARLIER_SHARE = {True: 0.1, False: 0.5}
+_EARLIER_COUNTS = (1, 1, 1, 2, 3, 8)
 _FIELDS = {"text": "text", "chat": "messages"}
 
 
@@ -251,6 +255,7 @@ class SampleSource:
         self._vocab_size = text.tokenizer.vocab_size
         self._order = Order(rows.blocks, f"{data.seed} {config.name}")
         self.size: int | None = len(rows)
+        self.digest = rows.digest
 
     def read(self, number: int) -> Sequence[Sample]:
         """Return sample `number`, none if it is too long and skipped, or nothing of it is learnt.
@@ -285,14 +290,16 @@ class SampleSource:
 
 
 class TaskSource:
-    """Conversations made from generated tasks: a question, now and then after another one."""
+    """Conversations made from generated tasks: a question, now and then after other ones."""
 
-    def __init__(self, config: SourceConfig, text: Text, seed: int, *, held_out: bool) -> None:
+    def __init__(
+        self, config: SourceConfig, text: Text, data: DataConfig, *, held_out: bool
+    ) -> None:
         assert config.words is not None
         if text.families is None:
             raise DataError(f"source {config.name!r} asks for tasks, and no families are at hand")
-        self._config, self._text, self._seed = config, text, seed
-        self._held_out = held_out
+        self._config, self._text, self._seed = config, text, data.seed
+        self._max_length, self._held_out = data.max_length, held_out
         self._draw = text.families.draw
         self._families = config.families or tuple(text.families.FAMILIES)
         for family in self._families:
@@ -310,25 +317,34 @@ class TaskSource:
         self.digest = hashlib.blake2b(drawn_from.encode()).hexdigest()[:16]
 
     def read(self, number: int) -> Sequence[Sample]:
-        """Return the sample of task `number`, of which only the answer is learnt."""
+        """Return the sample of task `number`, of which only the answers are learnt.
+
+        With thinking it is the last answer alone: the template shows earlier ones without their
+        reasoning, which is not how they are to be given.
+        """
         rng = random.Random(f"{self._seed} {number}")
         share = self._config.thinking
         thinking = rng.random() < (_TASK_THINKING if share is None else share)
         family = rng.choice(self._families)
         task = self._draw(family, rng, self._words, held_out=self._held_out)
         messages = list(task.messages(thinking=thinking))
-        if not self._held_out and not task.tools and rng.random() < 0.25:
-            earlier = self._draw(rng.choice(self._families), rng, self._words, held_out=False)
-            if not earlier.tools:
-                messages = [*earlier.messages(thinking=thinking), *messages]
-        return conversation(
-            messages,
-            self._text.tokenizer,
-            self._text.template,
-            f"{self._config.name}/{family}",
-            tools=task.tools,
-            style=Style(learn="last", thinking=thinking),
-        )
+        if not self._held_out and not task.tools and rng.random() < _EARLIER_SHARE[thinking]:
+            for _ in range(rng.choice(_EARLIER_COUNTS)):
+                earlier = self._draw(rng.choice(self._families), rng, self._words, held_out=False)
+                if not earlier.tools:
+                    messages = [*earlier.messages(thinking=thinking), *messages]
+        while True:
+            samples = conversation(
+                messages,
+                self._text.tokenizer,
+                self._text.template,
+                f"{self._config.name}/{family}",
+                tools=task.tools,
+                style=Style(learn="last" if thinking else "all", thinking=thinking),
+            )
+            if len(messages) == 2 or len(samples[0].tokens) <= self._max_length:
+                return samples
+            messages = messages[2:]
 
 
 def read_conversation(
@@ -444,7 +460,7 @@ def heldout_samples(config: DataConfig, text: Text) -> list[Sample]:
     for source in config.sources:
         opened: Source
         if source.kind == "tasks":
-            opened = TaskSource(source, text, config.seed, held_out=True)
+            opened = TaskSource(source, text, config, held_out=True)
         elif source.heldout:
             opened = _open(source, config, text, source.heldout)
         else:
@@ -465,7 +481,7 @@ def _open(
     heldout: Path | tuple[Path, ...] | None = None,
 ) -> Source:
     if source.kind == "tasks":
-        return TaskSource(source, text, config.seed, held_out=False)
+        return TaskSource(source, text, config, held_out=False)
     paths = heldout or source.path
     assert paths
     rows = Rows(paths if isinstance(paths, tuple) else (paths,))

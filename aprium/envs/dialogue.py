@@ -10,14 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aprium.base.errors import TemplateError
 from aprium.base.records import Completion, Message
 from aprium.text.chat import ChatTemplate, starts_in_reasoning
 from aprium.text.parse import parse
 from aprium.text.tokenizer import Tokenizer
-
-# Stands for the model's turn while what follows it is rendered; nobody writes this by chance.
-_DUMMY = "0c5be1a7d94f4e1f"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +43,7 @@ class Dialogue:
 
     def show(self, messages: Sequence[Message]) -> None:
         """Append `messages` and the opening of the model's next turn; raises TemplateError."""
-        text = self._render(messages) if not self.tokens else self._after(messages)
+        text = self._render(messages)
         self._reasoning = starts_in_reasoning(text)
         tokens = self._chat.tokenizer.encode(text)
         self.tokens += tokens
@@ -83,15 +79,7 @@ class Dialogue:
     def _render(self, messages: Sequence[Message]) -> str:
         chat = self._chat
         switches = {"enable_thinking": chat.thinking, **chat.switches}
-        return chat.template.render(messages, self._tools, **switches)
-
-    def _after(self, messages: Sequence[Message]) -> str:
-        """Return what the template writes from the end of the model's turn on."""
-        dummy = (Message(role="user", content="?"), Message(role="assistant", content=_DUMMY))
-        _, found, rest = self._render([*dummy, *messages]).partition(_DUMMY)
-        if not found:
-            raise TemplateError("the chat template does not show what the assistant says")
-        end = self.tokens[-1]
-        if end in self._chat.tokenizer.eos_token_ids:
-            rest = rest.removeprefix(self._chat.tokenizer.decode([end], skip_special_tokens=False))
-        return rest
+        if not self.tokens:
+            return chat.template.render(messages, self._tools, **switches)
+        ended = chat.tokenizer.end_text(self.tokens[-1])
+        return chat.template.render_after(messages, self._tools, ended=ended, **switches)

@@ -16,7 +16,8 @@ from aprium.envs.task import is_held_out
 class Exercise:
     """One verifiable item.
 
-    `key` names what is asked, whatever the phrasing. `reasoning` is a worked solution, empty where
+    `key` names what is asked, whatever the phrasing; `short` says that the phrasing is the family's
+    short form. `reasoning` is a worked solution, empty where
     there is nothing to work out. A task that wants a tool call has `call` and no `answer`; its
     tools are JSON-schema descriptions.
     """
@@ -26,6 +27,7 @@ class Exercise:
     question: str
     answer: str = ""
     reasoning: str = ""
+    short: bool = False
     call: ToolCall | None = None
     tools: tuple[dict, ...] = ()
 

@@ -1,8 +1,10 @@
 """Families of verifiable tasks that a model of a few million parameters can learn.
 
 Each family is a function from a random generator to an `Exercise`. Solutions are worked in small
-steps (letters one by one, digits with carries), because that is what lets a small model get them
-right. The caller gives the words (lower-case letters only) that the families about words draw from.
+steps, each of which needs only what stands close by (letters with their numbers, digits with
+carries), because that is what lets a small model get them right. Every family has questions in
+words and in a short form; both ask for the same items, so one split holds for both. The caller
+gives the words (lower-case letters only) that the families about words draw from.
 """
 
 import json
@@ -26,7 +28,7 @@ _PHRASES: dict[str, tuple[str, ...]] = {
     "first": ("What is the first letter of {}?", "Which letter does {} start with?"),
     "last": ("What is the last letter of {}?", "Which letter does {} end with?"),
     "upper": ("Write {} in capital letters.", "Put {} in upper case."),
-    "add": ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?", "{} + {} ="),
+    "add": ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?"),
     "subtract": ("What is {} - {}?", "Subtract: {} - {}.", "How much is {} minus {}?"),
     "multiply": ("What is {} times {}?", "Multiply {} by {}.", "How much is {} x {}?"),
     "compare": ("Which is larger, {} or {}?", "Which number is bigger: {} or {}?"),
@@ -40,6 +42,29 @@ _PHRASES: dict[str, tuple[str, ...]] = {
     "even": ("Is {} even or odd?", "Is the number {} odd or even?"),
     "weather": ("What is the weather in {}?", "How is the weather in {} today?", "Weather in {}?"),
 }
+_SHORT: dict[str, tuple[str, ...]] = {
+    "reverse": ("reverse: {}", "reverse {}"),
+    "spell": ("spell: {}", "spell {}"),
+    "length": ("length: {}", "length of {}"),
+    "count": ("count {1}: {0}", "count {1} in {0}"),
+    "first": ("first: {}", "first letter: {}"),
+    "last": ("last: {}", "last letter: {}"),
+    "upper": ("upper: {}", "uppercase: {}"),
+    "add": ("{}+{}=", "{}+{}", "{} + {} ="),
+    "subtract": ("{}-{}=", "{}-{}", "{} - {} ="),
+    "multiply": ("{}*{}=", "{}x{}=", "{} x {} ="),
+    "compare": ("larger: {}, {}", "max({}, {})"),
+    "largest": ("largest: {}", "max: {}"),
+    "smallest": ("smallest: {}", "min: {}"),
+    "sort": ("sort: {}", "sort {}"),
+    "repeat": ("repeat: {}", "say: {}"),
+    "words": ("reverse words: {}", "backwards: {}"),
+    "caesar": ("caesar {1}: {0}", "shift {1}: {0}"),
+    "next": ("next: {}", "after {}"),
+    "even": ("even or odd: {}", "odd or even: {}"),
+    "weather": ("weather: {}", "weather {}"),
+}
+_SHORT_SHARE = 0.3
 _CITIES = (
     "Paris", "Rome", "Oslo", "Tokyo", "Cairo", "Lima", "Berlin", "Madrid", "Delhi", "Boston",
     "Vienna", "Prague", "Dublin", "Athens", "Sydney", "Toronto", "Seoul", "Lisbon", "Zurich",
@@ -61,22 +86,36 @@ WEATHER_TOOL = {
 def _task(
     rng: random.Random, family: str, values: tuple[object, ...], answer: object, reasoning: str = ""
 ) -> Exercise:
+    short, question = _ask(rng, family, values)
     return Exercise(
         family=family,
         key=" ".join(map(str, values)),
-        question=rng.choice(_PHRASES[family]).format(*values),
+        question=question,
+        short=short,
         answer=str(answer),
         reasoning=reasoning,
     )
+
+
+def _ask(rng: random.Random, family: str, values: tuple[object, ...]) -> tuple[bool, str]:
+    """Return whether the question is in the short form, and the question."""
+    short = rng.random() < _SHORT_SHARE
+    return short, rng.choice((_SHORT if short else _PHRASES)[family]).format(*values)
 
 
 def _letters(word: str) -> str:
     return " ".join(word)
 
 
+def _numbered(word: str) -> list[str]:
+    """Return a word's letters behind their numbers: to look one up is to continue its number."""
+    return [f"{i}{letter}" for i, letter in enumerate(word, 1)]
+
+
 def _reverse(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
-    steps = f"{_letters(word)} -> {_letters(word[::-1])}"
+    letters = _numbered(word)
+    steps = f"{''.join(letters)}|{''.join(reversed(letters))}"
     return _task(rng, "reverse", (word,), word[::-1], steps)
 
 
@@ -87,8 +126,7 @@ def _spell(rng: random.Random, words: Sequence[str]) -> Exercise:
 
 def _length(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
-    steps = " ".join(f"{letter}{i}" for i, letter in enumerate(word, 1))
-    return _task(rng, "length", (word,), len(word), steps)
+    return _task(rng, "length", (word,), len(word), "".join(_numbered(word)))
 
 
 def _count(rng: random.Random, words: Sequence[str]) -> Exercise:
@@ -98,7 +136,7 @@ def _count(rng: random.Random, words: Sequence[str]) -> Exercise:
     for one in word:
         seen += one == letter
         steps.append(f"{one}{seen}")
-    return _task(rng, "count", (word, letter), seen, " ".join(steps))
+    return _task(rng, "count", (word, letter), seen, "".join(steps))
 
 
 def _first(rng: random.Random, words: Sequence[str]) -> Exercise:
@@ -113,8 +151,7 @@ def _last(rng: random.Random, words: Sequence[str]) -> Exercise:
 
 def _upper(rng: random.Random, words: Sequence[str]) -> Exercise:
     word = rng.choice(words)
-    steps = f"{_letters(word)} -> {_letters(word.upper())}"
-    return _task(rng, "upper", (word,), word.upper(), steps)
+    return _task(rng, "upper", (word,), word.upper())
 
 
 def _number(rng: random.Random) -> int:
@@ -129,22 +166,28 @@ def _digits(a: int, b: int) -> zip:
 
 def _add(rng: random.Random, words: Sequence[str]) -> Exercise:
     a, b = _number(rng), _number(rng)
+    return _task(rng, "add", (a, b), a + b, _sums(a, b))
+
+
+def _sums(a: int, b: int) -> str:
     steps, carry = [], 0
     for x, y in _digits(a, b):
         total = x + y + carry
         steps.append(f"{x}+{y}{f'+{carry}' if carry else ''}={total}")
         carry = total // 10
-    return _task(rng, "add", (a, b), a + b, ", ".join(steps))
+    return ",".join(steps)
 
 
 def _subtract(rng: random.Random, words: Sequence[str]) -> Exercise:
     a, b = sorted((_number(rng), _number(rng)), reverse=True)
     steps, borrow = [], 0
     for x, y in _digits(a, b):
-        less = y + borrow
-        borrow = int(x < less)
-        steps.append(f"{x + 10 * borrow}-{less}={x + 10 * borrow - less}")
-    return _task(rng, "subtract", (a, b), a - b, ", ".join(steps))
+        difference = x - y - borrow
+        taken = f"{x}-{y}{'-1' if borrow else ''}"
+        # Whether to borrow is said after the digits it depends on.
+        borrow = int(difference < 0)
+        steps.append(f"{taken}{'+10' if borrow else ''}={difference + 10 * borrow}")
+    return _task(rng, "subtract", (a, b), a - b, ",".join(steps))
 
 
 def _multiply(rng: random.Random, words: Sequence[str]) -> Exercise:
@@ -160,7 +203,12 @@ def _compare(rng: random.Random, words: Sequence[str]) -> Exercise:
     a = _number(rng)
     b = abs(a + rng.randint(-50, 50)) if rng.random() < 0.5 else _number(rng)
     b = b if b != a else a + 1
-    return _task(rng, "compare", (a, b), max(a, b), f"{a} {'>' if a > b else '<'} {b}")
+    steps = []
+    for x, y in reversed(list(_digits(a, b))):
+        steps.append(f"{x}{'=' if x == y else '>' if x > y else '<'}{y}")
+        if x != y:
+            break
+    return _task(rng, "compare", (a, b), max(a, b), ",".join(steps))
 
 
 def _numbers(rng: random.Random, low: int, high: int) -> list[int]:
@@ -179,8 +227,8 @@ def _extreme(family: str, better: Callable[[int, int], int]) -> "Family":
         best, steps = numbers[0], [str(numbers[0])]
         for number in numbers[1:]:
             best = better(best, number)
-            steps.append(f"{number}: {best}")
-        return _task(rng, family, (_show(numbers),), best, ", ".join(steps))
+            steps.append(f"{number}:{best}")
+        return _task(rng, family, (_show(numbers),), best, ",".join(steps))
 
     return make
 
@@ -190,8 +238,8 @@ def _sort(rng: random.Random, words: Sequence[str]) -> Exercise:
     left, steps = list(numbers), []
     for number in sorted(numbers)[:-1]:
         left.remove(number)
-        steps.append(f"{number} | {_show(left)}")
-    return _task(rng, "sort", (_show(numbers),), _show(sorted(numbers)), "; ".join(steps))
+        steps.append(f"{number}|{','.join(map(str, left))}")
+    return _task(rng, "sort", (_show(numbers),), _show(sorted(numbers)), ";".join(steps))
 
 
 def _repeat(rng: random.Random, words: Sequence[str]) -> Exercise:
@@ -207,13 +255,13 @@ def _words(rng: random.Random, words: Sequence[str]) -> Exercise:
 def _caesar(rng: random.Random, words: Sequence[str]) -> Exercise:
     word, shift = rng.choice(words), rng.randint(1, 3)
     moved = [chr((ord(c) - 97 + shift) % 26 + 97) for c in word]
-    steps = " ".join(f"{c}{m}" for c, m in zip(word, moved, strict=True))
+    steps = ",".join(f"{c}{m}" for c, m in zip(word, moved, strict=True))
     return _task(rng, "caesar", (word, shift), "".join(moved), steps)
 
 
 def _next(rng: random.Random, words: Sequence[str]) -> Exercise:
     number = _number(rng)
-    return _task(rng, "next", (number,), number + 1)
+    return _task(rng, "next", (number,), number + 1, _sums(number, 1))
 
 
 def _even(rng: random.Random, words: Sequence[str]) -> Exercise:
@@ -224,10 +272,12 @@ def _even(rng: random.Random, words: Sequence[str]) -> Exercise:
 def _weather(rng: random.Random, words: Sequence[str]) -> Exercise:
     # Made-up place names too, so that copying the name is learnt and not a list of cities.
     city = rng.choice(_CITIES) if rng.random() < 0.3 else rng.choice(words).capitalize()
+    short, question = _ask(rng, "weather", (city,))
     return Exercise(
         family="weather",
         key=city,
-        question=rng.choice(_PHRASES["weather"]).format(city),
+        question=question,
+        short=short,
         call=ToolCall(name="get_weather", arguments=json.dumps({"city": city})),
         tools=(WEATHER_TOOL,),
     )

@@ -145,11 +145,11 @@ def constant_baseline(
     return best, scores[best]
 
 
-def optional(module: str) -> Any:
-    """Import a package of the extra `envs`; raises TaskError that says how to get it."""
+def optional(module: str, extra: str = "envs") -> Any:
+    """Import a package of an extra; raises TaskError that says how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise TaskError(
-            f"{module} is not installed ({error}): pip install 'aprium[envs]'"
+            f"{module} is not installed ({error}): pip install 'aprium[{extra}]'"
         ) from error

@@ -1,5 +1,6 @@
 """Environments by name: each a family of tasks with parameters that set its difficulty."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from aprium.envs.coding import Coding
 from aprium.envs.drills import Drills
 from aprium.envs.exercises import Exercises
 from aprium.envs.family import Family
+from aprium.envs.gym_client import GymRows
 from aprium.envs.instructions import InstructionFollowing
 from aprium.envs.judge import Judging
 from aprium.envs.mathematics import Mathematics
@@ -19,6 +21,7 @@ from aprium.envs.reasoning import ReasoningGym
 from aprium.envs.retrieval import Retrieval
 from aprium.envs.structured import StructuredOutput
 from aprium.envs.tool_use import ToolUse
+from aprium.envs.verifiers import Verifiers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,12 @@ class Entry:
     family: type[Any]
     words: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The parameters that it does not go without."""
+        fields = dataclasses.fields(self.family)
+        return tuple(f.name for f in fields if f.default is dataclasses.MISSING)
 
 
 ENVIRONMENTS: dict[str, Entry] = {
@@ -97,6 +106,10 @@ ENVIRONMENTS: dict[str, Entry] = {
     ),
     "abstention": Entry(family=Abstention, words="half the questions have no answer: say so"),
     "judging": Entry(family=Judging, words="which of two answers is right, as a reward model says"),
+    "nemo-gym": Entry(family=GymRows, words="rows of a file, graded by a NeMo-Gym server"),
+    "verifiers": Entry(
+        family=Verifiers, words="single-turn tasks of an installed verifiers taskset"
+    ),
 }
 
 

@@ -5,7 +5,8 @@ neighbouring seeds give the same items, and a split made by seed alone is not a 
 """
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,13 @@ class Task:
     def held_out(self) -> bool:
         """Tell whether the item belongs to the test set: in all environments, or in none."""
         return is_held_out(self.key)
+
+
+def key_of(messages: Sequence[Message]) -> str:
+    """Return what messages ask as a key, for tasks that come with none."""
+    return json.dumps(
+        [[m.role, m.content, [[c.name, c.arguments] for c in m.tool_calls]] for m in messages]
+    )
 
 
 def say(text: str, *, role: str = "assistant") -> Message:

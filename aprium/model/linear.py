@@ -105,16 +105,16 @@ class Matrix(nn.Module):
             codes, scales = nvfp4.untranspose(codes, scales)
         return decode(codes, scales, pick(scale_2)).to(dtype)
 
-    def product(self, dtype: torch.dtype) -> Product:
-        """Return the product with this matrix in `dtype`, for one pass; a bias is not added.
+    @property
+    def trains(self) -> bool:
+        """Whether the matrix is a parameter that gets gradients, with its own product."""
+        mine = self.format is None and self.substitute is None and not self.parts
+        return mine and self.weight.requires_grad
 
-        Dense stacks are split once, so that a backward pass assembles each gradient once.
-        """
+    def product(self, dtype: torch.dtype) -> Product:
+        """Return the product with this matrix in `dtype`, for one pass; a bias is not added."""
         if self.substitute is not None:
             return self.substitute(dtype)
-        if self.format is None and not self.parts and self.weight.dim() == 3:
-            weights = self.weight.unbind(0)
-            return lambda rows, expert: linear(rows, weights[expert or 0])
         return lambda rows, expert: linear(rows, self.dense(dtype, expert))
 
 
@@ -196,7 +196,10 @@ class Experts(nn.Module):
 
     def _run(self, rows: Tensor, experts: Tensor) -> Tensor:
         """Run `rows` [R, d], sorted by `experts` [R]: down(relu(up(rows))^2)."""
-        up, down = (self.stack(name).product(rows.dtype) for name in ("up_proj", "down_proj"))
+        stacks = [self.stack(name) for name in ("up_proj", "down_proj")]
+        if torch.is_grad_enabled() and all(stack.trains for stack in stacks):
+            return moe.run_stacked(rows, experts, *(stack.weight for stack in stacks))
+        up, down = (stack.product(rows.dtype) for stack in stacks)
 
         def apply(expert: int, rows: Tensor) -> Tensor:
             return down(F.relu(up(rows, expert)).square(), expert)

@@ -22,7 +22,7 @@ from aprium.model.native import NativeModel
 from aprium.model.sharding import HeadShare, head_shares, keep_own_parts, make_plan, own_kv_rows
 from aprium.model.state import HybridState
 from aprium.ops import attention, conv, moe, ssd
-from aprium.ops.activation import sigmoid, silu
+from aprium.ops.activation import relu_squared, sigmoid, silu
 from aprium.ops.matmul import linear
 from aprium.ops.norm import gated_group_norm, rms_norm
 from aprium.parallel.collectives import broadcast, copy_to, exchange, gather_rows, reduce_from
@@ -195,9 +195,9 @@ class Mamba(nn.Module):
         a_log, d, dt_bias = vectors
         heads = a_log.shape[0]
         inner = heads * config.mamba_head_dim
-        mixed = silu(self._convolve(mixed, context, share))
+        mixed = self._convolve(mixed, context, share)
         groups = (mixed.shape[1] - inner) // (2 * size)
-        u, b, c = mixed.float().split((inner, groups * size, groups * size), -1)
+        u, b, c = mixed.split((inner, groups * size, groups * size), -1)
         u = u.unflatten(-1, (heads, config.mamba_head_dim))
         b, c = (t.unflatten(-1, (groups, size)) for t in (b, c))
         dt = ssd.step_size(dt, dt_bias, config.time_step_limit)
@@ -213,12 +213,13 @@ class Mamba(nn.Module):
         return y.flatten(-2)
 
     def _convolve(self, mixed: Tensor, context: Context, share: HeadShare | None) -> Tensor:
+        """Convolve `mixed` [T, channels] and take SiLU of it, in float32."""
         layout, weight, bias = context.layout, self.conv1d.weight.squeeze(1), self.conv1d.bias
         if share is not None:
             weight = weight[share.channels]
             bias = None if bias is None else bias[share.channels]
         if context.state is None:
-            return conv.causal_conv(mixed, weight, bias, layout.positions)
+            return conv.silu_conv(mixed, weight, bias, layout.positions)
         assert layout.slots is not None
         buffer = context.state.conv[context.index]
         tail = layout.read_slots(buffer)
@@ -226,7 +227,7 @@ class Mamba(nn.Module):
         lengths = torch.tensor(layout.lengths, device=mixed.device)
         buffer[layout.slots] = conv.conv_tail(mixed, starts, lengths, tail)
         history = tail[layout.segment_ids].to(mixed.dtype)
-        return conv.causal_conv(mixed, weight, bias, layout.positions, history)
+        return silu(conv.causal_conv(mixed, weight, bias, layout.positions, history)).float()
 
 
 class Attention(nn.Module):
@@ -303,7 +304,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Map `x` [T, D] to [T, D], each token by itself."""
         tp = self.mesh.tp
-        inner = F.relu(self.up_proj(copy_to(x, tp))).square()
+        inner = relu_squared(self.up_proj(copy_to(x, tp)))
         return row_parallel(self.down_proj, inner, tp)
 
 

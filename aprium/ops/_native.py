@@ -24,6 +24,7 @@ except ImportError as _error:  # built without a compiler, or for another machin
     _missing = str(_error)
 
 ISAS = ("avx512", "avx2", "scalar")
+FLOATS = (torch.float32, torch.bfloat16)  # activations that kernels of training take
 
 
 def library() -> ModuleType | None:
@@ -66,3 +67,9 @@ def machine(num_threads: int | None = None) -> Any:
 def shared() -> Any:
     """Return the pool of kernels that functions on tensors use; None where `isa` is "none"."""
     return machine()
+
+
+def runs_on(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Tell whether kernels of training take these tensors: of `dtypes`, on the CPU."""
+    mine = all(t.dtype in dtypes and t.device.type == "cpu" for t in tensors)
+    return mine and shared() is not None

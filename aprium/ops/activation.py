@@ -1,4 +1,4 @@
-"""Sigmoid, SiLU and softplus, the same bits for an element wherever it lies in its tensor.
+"""Sigmoid, SiLU, softplus and squared ReLU, the same bits wherever an element lies in its tensor.
 
 PyTorch's fused versions use another implementation for the last few elements of a tensor than for
 the rest, so a token's result would depend on the batch. Its exp, log1p and arithmetic do not
@@ -41,3 +41,21 @@ class _Silu(torch.autograd.Function):
 def softplus(x: Tensor) -> Tensor:
     """Return log(1 + exp(x)), elementwise and without overflow."""
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """Return max(x, 0)^2, elementwise."""
+    return _ReluSquared.apply(x)
+
+
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (grads[0] * positive).mul_(2)

@@ -3,18 +3,20 @@
 `paged` is what generation uses. It takes keys in blocks on a fixed grid of the sequence's own
 positions and merges them in order with the online softmax, so a query's result does not depend on
 how its prompt was chunked or batched: a block that lies wholly after a query changes nothing, bit
-for bit. `packed` serves training through PyTorch's fused kernel, equal up to rounding.
+for bit. `packed` serves training, equal up to rounding: native kernels, else PyTorch's fused one.
 Source: arXiv 2205.14135 for the online softmax; docs/architecture.md for the absence of positions.
 Letters: T packed tokens, H query heads, K KV heads, P head dim, Q page size.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from aprium.ops import fp8
+from aprium.ops import _native, fp8
 from aprium.ops.matmul import ROW_TILE
 
 KEY_BLOCK = 256
@@ -25,6 +27,8 @@ _COLUMN_TILE = 16
 
 def packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """Attend within each segment; `q` [T, H, P], `k`, `v` [T, K, P]. Returns [T, H, P]."""
+    if q.dtype == k.dtype == v.dtype and _native.runs_on(q, k, v, dtypes=_native.FLOATS):
+        return _Packed.apply(q, k, v, lengths)
     outputs = []
     # split, not slices: its backward pass joins the parts once instead of padding each to T.
     segments = zip(*(t.split(list(lengths)) for t in (q, k, v)), strict=True)
@@ -33,6 +37,34 @@ def packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
         out = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+class _Packed(torch.autograd.Function):
+    """`packed` by native kernels, which keep a logarithm a row and make the weights again."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        out, log_mass = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        ctx.machine = _native.shared()
+        ctx.sizes = (q.shape[1], *k.shape[1:])
+        ctx.lengths, half = list(lengths), q.dtype == torch.bfloat16
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        call = (ctx.lengths, addresses, half, ctx.sizes, out.data_ptr(), log_mass.data_ptr())
+        ctx.machine.flash_forward(*call)
+        ctx.save_for_backward(q, k, v, out, log_mass)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_mass = ctx.saved_tensors
+        grad, found = grads[0].contiguous(), tuple(torch.empty_like(t) for t in (q, k, v))
+        addresses, to = (tuple(t.data_ptr() for t in each) for each in ((q, k, v), found))
+        half = q.dtype == torch.bfloat16
+        call = (ctx.lengths, addresses, half, ctx.sizes, out.data_ptr(), log_mass.data_ptr())
+        ctx.machine.flash_backward(*call, grad.data_ptr(), to)
+        return *found, None
 
 
 def packed_part(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], first: int) -> Tensor:

@@ -9,6 +9,63 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aprium.ops import _native
+from aprium.ops.activation import silu
+
+_MOST_TAPS = 8  # of the native kernels
+
+
+def silu_conv(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor) -> Tensor:
+    """Return `silu(causal_conv(...))` in float32 (float64 for float64), with gradients."""
+    if weight.shape[1] <= _MOST_TAPS and _native.runs_on(x, dtypes=_native.FLOATS):
+        return _NativeConv.apply(x, weight, bias, positions)
+    y = silu(causal_conv(x, weight, bias, positions))
+    return y if y.dtype == torch.float64 else y.float()
+
+
+class _NativeConv(torch.autograd.Function):
+    """`silu_conv` by native kernels, which keep the input alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor
+    ) -> Tensor:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        positions = positions.contiguous()
+        ctx.save_for_backward(x, weight, bias, positions)
+        ctx.machine = _native.shared()
+        out = x.new_empty(x.shape, dtype=torch.float32)
+        taps, shift = _taps(weight, bias)
+        ctx.machine.conv_forward(*_conv_inputs(x, taps, shift, positions), out.data_ptr())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight, bias, positions = ctx.saved_tensors
+        taps, shift = _taps(weight, bias)
+        grad, grad_x = grads[0].contiguous(), x.new_empty(x.shape)
+        grad_taps, grad_shift = torch.empty_like(taps), taps.new_empty(taps.shape[1])
+        to = (grad_x.data_ptr(), grad_taps.data_ptr(), grad_shift.data_ptr())
+        inputs = _conv_inputs(x, taps, shift, positions)
+        ctx.machine.conv_backward(*inputs, grad.data_ptr(), to)
+        grad_bias = None if bias is None else grad_shift.to(bias.dtype)
+        return grad_x, grad_taps.T.to(weight.dtype), grad_bias, None
+
+
+def _taps(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the weight as [K, C] and the bias, in float32."""
+    return weight.T.float().contiguous(), None if bias is None else bias.float().contiguous()
+
+
+def _conv_inputs(x: Tensor, taps: Tensor, shift: Tensor | None, positions: Tensor) -> tuple:
+    """Return what the kernels take; the tensors must outlive the call."""
+    sizes = (*x.shape, taps.shape[0], x.stride(0))
+    bias = 0 if shift is None else shift.data_ptr()
+    half = x.dtype == torch.bfloat16
+    return x.data_ptr(), half, sizes, taps.data_ptr(), bias, positions.data_ptr()
 
 
 def causal_conv(

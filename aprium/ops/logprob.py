@@ -1,6 +1,6 @@
 """Log-probabilities of tokens from hidden states, without the logits of all positions.
 
-Logits exist for one chunk of rows at a time; the backward pass makes them again. Source: the
+Logits exist for one chunk of rows at a time. Source: the
 chunked cross-entropy that training libraries use (arXiv 2411.09009 for the memory argument).
 """
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from aprium.ops.matmul import linear
 
@@ -55,6 +57,81 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_weight.addmm_(wide.T, rows.to(wide.dtype))
             done = part.stop
         return grad_hidden, grad_weight.to(weight.dtype), None
+
+
+def weighted_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of log-probabilities times `factors`, and the log-probabilities.
+
+    They are natural logarithms of each target's probability under softmax(hidden @ weight.T).
+    `hidden` [R, D], `weight` [V, D], `targets` int64 [R], `factors` [R]. Returns float32 (float64
+    for float64 input): the sum [], differentiable in `hidden` and `weight`, and [R], which is not.
+    As the factors are known, gradients are made beside the logits, which are made once.
+    """
+    return _WeightedLogprob.apply(hidden, weight, targets, factors)
+
+
+class _WeightedLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wide = _wide(hidden.new_empty(0)).dtype
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = torch.empty_like(hidden)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=wide)
+        logprobs, done = factors.new_empty(factors.shape, dtype=wide), 0
+        for rows, wanted in _chunks(hidden, weight, targets):
+            part = slice(done, done + rows.shape[0])
+            done = part.stop
+            logits = _wide(linear(rows, weight))
+            norm = logits.logsumexp(-1, keepdim=True)
+            picked = logits.gather(1, wanted.unsqueeze(1))
+            logprobs[part] = (picked - norm).squeeze(1)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d logprob / d logits = onehot - softmax.
+            factor = factors[part].unsqueeze(1).to(wide)
+            grad = (
+                logits.sub_(norm).exp_().mul_(-factor).scatter_add_(1, wanted.unsqueeze(1), factor)
+            )
+            if grad_hidden is not None:
+                narrow = grad.to(hidden.dtype)
+                torch.mm(narrow, weight.to(hidden.dtype), out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, rows.to(wide))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(logprobs)
+        return (logprobs * factors).sum(), logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grads[0]).to(ctx.dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def log_normalizers(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return log(sum(exp(logits))) of each row, float32 (float64 for float64 input) [R].
+
+    `hidden` [R, D], `weight` [V, D]; differentiable in both. The backward pass makes the logits
+    again.
+    """
+    size = max(1, _CHUNK_VALUES // weight.shape[0])
+    rows = hidden.split(size)
+    return torch.cat([checkpoint(_normalizers, r, weight, use_reentrant=False) for r in rows])
+
+
+def _normalizers(rows: Tensor, weight: Tensor) -> Tensor:
+    return _wide(linear(rows, weight)).logsumexp(-1)
 
 
 def kl_divergence(

@@ -5,7 +5,8 @@
 `scan` walks the tokens in order. It is the specification, and it is what generation uses: every
 product and sum is rounded on its own and in a fixed order, so a sequence gives the same bits in
 one step or in many, alone or in a batch. `chunked` is the matrix form for training, equal up to
-rounding, with gradients. Both reset at segment boundaries. Everything is float32.
+rounding, with gradients; native/ssd.inl is the same where there are kernels. All reset at segment
+boundaries. Everything is float32.
 Source: Mamba-2 (arXiv 2405.21060), listing 1 and section 6.
 Letters: T packed tokens, S sequences, H heads, P head dim, G groups, N state, C chunk.
 """
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from aprium.ops import _native
 from aprium.ops.activation import softplus
 
 # Bytes of per-token states that `scan` materialises at a time.
@@ -100,9 +103,11 @@ def chunked(
     """Run the recurrence over packed segments from zero states, in matrix form with gradients.
 
     Shapes as in `scan`; `segment_ids` int64 [T]. Returns y [T, H, P]. The backward pass keeps the
-    inputs alone and makes the rest again.
+    inputs alone, with native kernels also the states between chunks, and makes the rest again.
     """
     inputs = (x, dt, a, b, c, d, segment_ids, chunk_size)
+    if _native.runs_on(x, dt, a, b, c, d):
+        return _Native.apply(*inputs)
     return checkpoint(_in_chunks, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -146,6 +151,59 @@ def _in_chunks(
     y = y + (c.unsqueeze(2) @ entering.transpose(-1, -2)) * from_start.unsqueeze(-1)
     y = y.flatten(1, 2).transpose(1, 2).flatten(0, 1)[:num_tokens]  # [T, H, P]
     return y + x * d[:, None]
+
+
+class _Native(torch.autograd.Function):
+    """The same by native kernels: chunks begin anew with each segment."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor,
+        segment_ids: Tensor,
+        chunk_size: int,
+    ) -> Tensor:
+        machine, library = _native.shared(), _native.library()
+        assert library is not None
+        x, b, c = (_by_rows(t) for t in (x, b, c))
+        dt, a, d = (t.contiguous() for t in (dt, a, d))
+        _, heads, head_dim = x.shape
+        sizes = (heads, b.shape[1], head_dim, b.shape[2], chunk_size)
+        lengths = torch.unique_consecutive(segment_ids, return_counts=True)[1]
+        chunks = library.Chunks(lengths.tolist(), chunk_size)
+        state = (-(-b.shape[2] // 16) * 16, -(-head_dim // 16) * 16)
+        states = x.new_empty(chunks.num_states, heads, *state)
+        y = x.new_empty(x.shape)
+        inputs, rows = (x, dt, a, b, c, d), tuple(t.stride(0) for t in (x, b, c))
+        addresses = tuple(t.data_ptr() for t in inputs)
+        machine.ssd_forward(chunks, addresses, rows, sizes, states.data_ptr(), y.data_ptr())
+        ctx.save_for_backward(*inputs, states)
+        ctx.call = (machine, chunks, rows, sizes)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return gradients with respect to x, dt, a, b, c and d."""
+        *inputs, states = ctx.saved_tensors
+        machine, chunks, rows, sizes = ctx.call
+        found = tuple(t.new_empty(t.shape) for t in inputs)
+        addresses, to = (tuple(t.data_ptr() for t in each) for each in (inputs, found))
+        grad_y = grads[0].contiguous()
+        machine.ssd_backward(
+            chunks, addresses, rows, sizes, states.data_ptr(), grad_y.data_ptr(), to
+        )
+        return *found, None, None
+
+
+def _by_rows(t: Tensor) -> Tensor:
+    """Return `t` [T, ...] with each row in one piece; rows may have gaps between them."""
+    return t if t[:1].is_contiguous() else t.contiguous()
 
 
 class _Carry(torch.autograd.Function):

@@ -16,6 +16,7 @@ import uvicorn
 
 from aprium.base.config import from_dict
 from aprium.base.errors import ApriumError, CheckpointError, ConfigError
+from aprium.base.listen import listen, place_of
 from aprium.base.log import get_logger
 from aprium.base.records import RECOMMENDED_SAMPLING, SamplingParams
 from aprium.checkpoint.hub import resolve
@@ -67,7 +68,7 @@ def launch(model: str, flags: Mapping[str, Any]) -> None:
 
     Raises ApriumError when a flag, a file, the address or the checkpoint cannot be used.
     """
-    listener = _listen(flags["host"], flags["port"])
+    listener = listen(flags["host"], flags["port"])
     try:
         engine, serve = make_engine(model, flags)
         _run(engine, serve, listener, flags)
@@ -251,20 +252,6 @@ def _origins(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address; uvicorn begins to listen when the model is there."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {error}; choose another --host or --port"
-        ) from error
-    return listener
-
-
 def _run(
     engine: AsyncEngine, serve: ServeConfig, listener: socket.socket, flags: Mapping[str, Any]
 ) -> None:
@@ -287,11 +274,9 @@ def _run(
             f"the HTTP server cannot start: {error}; check --uvicorn-log-level ({level}), "
             "--ssl-keyfile and --ssl-certfile"
         ) from error
-    host, port = listener.getsockname()[:2]
-    place = f"[{host}]" if ":" in host else host
     scheme = "https" if config.is_ssl else "http"
     logger.info(
-        "serving %s on %s://%s:%d (context %d tokens)",
-        serve.names[0], scheme, place, port, engine.max_model_len,
+        "serving %s on %s://%s (context %d tokens)",
+        serve.names[0], scheme, place_of(listener), engine.max_model_len,
     )  # fmt: skip
     Server(config, app.state.service, flags["shutdown-timeout"]).run(sockets=[listener])

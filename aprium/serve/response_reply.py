@@ -13,6 +13,7 @@ from aprium.serve.events import event
 from aprium.serve.reply import Answer, token_logprob, token_rows
 from aprium.serve.responses_wire import CreateResponse
 from aprium.serve.wire import ChatRequest
+from aprium.text.items import Echo
 from aprium.text.parse import Event
 from aprium.text.tokenizer import Tokenizer
 
@@ -43,6 +44,7 @@ class ResponseReply:
             tokenizer, thinking=thinking, tools=tools, parallel=chat.parallel_tool_calls
         )
         self._num_prompt = len(prompt)
+        self._prompt = tuple(prompt) if request.return_token_ids else None
         self._number = 0
         self._kind: str | None = None  # of the item that is open
         count = chat.top_logprobs or 0
@@ -77,6 +79,8 @@ class ResponseReply:
             return chunks
         response = self.response
         cut = completion.finish == "length"
+        if self._prompt is not None:
+            chunks += self._add_tokens(self._prompt, completion)
         chunks += self._close("incomplete" if cut else "completed")
         response["status"] = "incomplete" if cut else "completed"
         response["completed_at"] = None if cut else int(time.time())
@@ -115,11 +119,7 @@ class ResponseReply:
                 text = text.lstrip()  # no message of white space alone
                 if not text:
                     return []
-            chunks = self._open(part.kind, _item(part.kind))
-            chunks.append(
-                self._at("response.content_part.added", content_index=0, part=_text(part.kind))
-            )
-            output[-1]["content"] = [_text(part.kind)]
+            chunks = self._open_text(part.kind)
         shown = output[-1]["content"][0]
         shown["text"] += text
         more = {}
@@ -131,6 +131,12 @@ class ResponseReply:
             shown["logprobs"] += scores
         name = f"response.{_PARTS[part.kind]}.delta"
         return [*chunks, self._at(name, content_index=0, delta=text, **more)]
+
+    def _open_text(self, kind: str) -> list[Chunk]:
+        chunks = self._open(kind, _item(kind))
+        part = self._at("response.content_part.added", content_index=0, part=_text(kind))
+        self.response["output"][-1]["content"] = [_text(kind)]
+        return [*chunks, part]
 
     def _open(self, kind: str, item: dict[str, Any]) -> list[Chunk]:
         chunks = self._close("completed")
@@ -161,6 +167,13 @@ class ResponseReply:
         index = len(self.response["output"]) - 1
         done = self._next("response.output_item.done", output_index=index)
         return [*chunks, {**done, "item": dict(item)}]
+
+    def _add_tokens(self, prompt: tuple[int, ...], completion: Completion) -> list[Chunk]:
+        """Put the tokens of the call on the last item, which an empty answer gets for that."""
+        opened = [] if self.response["output"] else self._open_text("content")
+        echo = Echo(prompt=prompt, generated=completion.tokens, logprobs=completion.logprobs)
+        self.response["output"][-1] |= echo.fields()
+        return opened
 
     def _state(self, name: str) -> Chunk:
         return self._next(name, response={**self.response, "output": [*self.response["output"]]})

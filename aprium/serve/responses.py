@@ -107,9 +107,12 @@ class ResponseRoutes:
         """Answer, after a response before it if there is one."""
         service = self._service
         service.check_model(body.model)
-        chat = body.to_chat()
+        chat, echo = body.to_chat()
         before = self._before(body.previous_response_id)
-        stored = body.store is not False and service.config.max_stored_responses > 0
+        # Tokens without what they say cannot be gone on from.
+        stored = (
+            body.store is not False and service.config.max_stored_responses > 0 and echo is None
+        )
         if body.background and not stored:
             raise RequestError(
                 "background is true, and this server stores no responses: start it with "
@@ -121,7 +124,10 @@ class ResponseRoutes:
             if before is not None and not chat.cache_salt:
                 chat.cache_salt = before.cache_salt
             first = [Message(role="system", content=body.instructions)] if body.instructions else []
-            prompt = await service.render(chat, past, first)
+            if echo is None:
+                prompt = await service.render(chat, past, first)
+            else:  # whose tokens have the instructions already
+                prompt = await service.render_after(echo.tokens, chat)
             reply = ResponseReply(
                 *(f"resp_{uuid.uuid4().hex}", body, chat, service.tokenizer, prompt.tokens),
                 model=body.model or service.config.names[0],

@@ -1,17 +1,18 @@
 """Requests of OpenAI's Responses API, and what they are as a chat request.
 
-Items become the messages that the chat template knows: reasoning, text and calls that follow each
-other are one turn of the assistant. Tools that run at the vendor's, and state kept elsewhere than
+Items become the messages that the chat template knows (`text/items`); where they carry token ids,
+only what comes after those does. Tools that run at the vendor's, and state kept elsewhere than
 in `previous_response_id`, are refused by name. No torch here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from aprium.base.errors import RequestError
 from aprium.serve.wire import ChatRequest, UnsupportedFields
+from aprium.text.items import Echo, chat_messages, chat_tool, split_echo
 
 # Fields of a chat request that may be given here as they are.
 _PASSED = (
@@ -48,6 +49,9 @@ class Item(UnsupportedFields):
     arguments: StrictStr | None = None
     output: "StrictStr | list[Item] | None" = None
     summary: "list[Item] | None" = None
+    prompt_token_ids: list[StrictInt] | None = None
+    generation_token_ids: list[StrictInt] | None = None
+    generation_log_probs: list[StrictFloat] | None = None
 
 
 class Reasoning(UnsupportedFields):
@@ -63,7 +67,10 @@ class TextConfig(UnsupportedFields):
 
 
 class CreateResponse(UnsupportedFields):
-    """The body of POST /v1/responses; fields of a chat request may be added."""
+    """The body of POST /v1/responses; fields of a chat request may be added.
+
+    `return_token_ids` asks for the tokens of the call, on the last item of the output.
+    """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     refused = _REFUSED
@@ -82,17 +89,22 @@ class CreateResponse(UnsupportedFields):
     text: TextConfig | None = None
     include: list[StrictStr] | None = None
     top_logprobs: StrictInt | None = None
+    return_token_ids: StrictBool = False
     metadata: dict[str, Any] | None = None
 
-    def to_chat(self) -> ChatRequest:
-        """Return the input as a chat request, without instructions and what came before."""
+    def to_chat(self) -> tuple[ChatRequest, Echo | None]:
+        """Return the input as a chat request, and the tokens that its prompt begins with, if any.
+
+        Without instructions and what came before; with tokens, of what comes after them alone.
+        """
         self.refuse_unsupported()
+        echo, messages = self._messages()
         given = (self.model_extra or {}).items()
         fields: dict[str, Any] = {k: v for k, v in given if k in _PASSED and v is not None}
         tools, choice = self._tools()
         fields |= {
             "model": self.model,
-            "messages": list(self._messages()),
+            "messages": messages,
             "stream": bool(self.stream),
             "max_tokens": self.max_output_tokens,
             "tools": tools or None,
@@ -105,7 +117,7 @@ class CreateResponse(UnsupportedFields):
         form = self.text.format if self.text is not None else None
         if form is not None:
             fields["response_format"] = _response_format(form)
-        return ChatRequest.model_validate(fields)
+        return ChatRequest.model_validate(fields), echo
 
     @property
     def logprobs(self) -> bool:
@@ -138,7 +150,7 @@ class CreateResponse(UnsupportedFields):
 
     def _tools(self) -> tuple[list[dict[str, Any]], Any]:
         """Return tools and choice in the form of a chat request."""
-        tools = [_tool(tool, index) for index, tool in enumerate(self.tools or ())]
+        tools = [chat_tool(tool, index) for index, tool in enumerate(self.tools or ())]
         choice = self.tool_choice
         if not isinstance(choice, dict):
             return tools, choice
@@ -155,88 +167,29 @@ class CreateResponse(UnsupportedFields):
             )
         return tools, {"type": "function", "function": {"name": choice.get("name")}}
 
-    def _messages(self) -> Iterator[dict[str, Any]]:
-        """Yield the messages of the input."""
-        if isinstance(self.input, str):
-            yield {"role": "user", "content": self.input}
-            return
-        turn: dict[str, Any] | None = None  # of the assistant, which may have several items
-        for index, item in enumerate(self.input):
-            part = _assistant_part(item, f"input[{index}]")
-            if part is None:
-                if turn is not None:
-                    yield turn
-                turn = None
-                yield _message(item, f"input[{index}]")
-                continue
-            turn = _joined(turn, part)
-        if turn is not None:
-            yield turn
-
-
-def _assistant_part(item: Item, where: str) -> dict[str, Any] | None:
-    """Return what an item adds to a turn of the assistant; None for items of others."""
-    if item.type == "reasoning":
-        parts = item.content if isinstance(item.content, list) else item.summary
-        return {"reasoning": "".join(part.text or "" for part in parts or ())}
-    if item.type == "function_call":
-        if not item.name:
-            raise RequestError(f"{where} is a function_call without a name", param="input")
-        function = {"name": item.name, "arguments": item.arguments or "{}"}
-        return {"tool_calls": [{"id": item.call_id, "function": function}]}
-    if item.type in (None, "message") and item.role == "assistant":
-        return {"content": _text(item.content, where)}
-    return None
-
-
-def _joined(turn: dict[str, Any] | None, part: dict[str, Any]) -> dict[str, Any]:
-    turn = turn or {"role": "assistant", "content": None}
-    for key, value in part.items():
-        before = turn.get(key)
-        turn[key] = value if before is None else before + value
-    return turn
-
-
-def _message(item: Item, where: str) -> dict[str, Any]:
-    """Return the message of an item of anybody but the assistant."""
-    if item.type == "function_call_output":
-        content = _text(item.output, f"{where}.output")
-        return {"role": "tool", "tool_call_id": item.call_id, "content": content}
-    if item.type not in (None, "message"):
-        raise RequestError(
-            f"{where} is of type {item.type!r}, which cannot be read here: send messages, "
-            "reasoning, function_call and function_call_output",
-            param="input",
-        )
-    return {"role": item.role, "content": _text(item.content, where)}
-
-
-def _text(content: str | list[Item] | None, where: str) -> str:
-    """Return the text of content; raises RequestError for parts that are none."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for index, part in enumerate(content):
-        text = part.refusal if part.type == "refusal" else part.text
-        if part.type not in ("input_text", "output_text", "text", "refusal") or text is None:
+    def _messages(self) -> tuple[Echo | None, list[dict[str, Any]]]:
+        """Return the tokens that the input carries, and the messages after them."""
+        items = self.items()
+        echo, covered = split_echo(items)
+        messages = chat_messages(items[covered:], covered)
+        if echo is not None and self.previous_response_id is not None:
             raise RequestError(
-                f"{where}.content[{index}] is of type {part.type!r}: this family reads text only",
+                "the input carries token ids, which are all that was said before: leave "
+                "previous_response_id out",
+                param="previous_response_id",
+            )
+        if echo is not None and (self.store or self.background):
+            raise RequestError(
+                "the input carries token ids: such a response is not stored, and echoed instead",
+                param="store",
+            )
+        if echo is not None and not messages:
+            raise RequestError(
+                "the input ends with the model's own turn: add what follows it, such as the "
+                "output of a function call",
                 param="input",
             )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:
-    if tool.get("type") != "function":
-        raise RequestError(
-            f"tools[{index}] is of type {tool.get('type')!r}, which only its vendor can run: "
-            "offer functions",
-            param="tools",
-        )
-    keys = ("name", "description", "parameters", "strict")
-    function = {key: tool[key] for key in keys if tool.get(key) is not None}
-    return {"type": "function", "function": function}
+        return echo, messages
 
 
 def _response_format(form: dict[str, Any]) -> dict[str, Any]:

@@ -151,6 +151,21 @@ class Service:
 
         return await asyncio.to_thread(work)
 
+    async def render_after(self, tokens: Sequence[int], body: ChatRequest) -> Prompt:
+        """Return `tokens`, which end with a turn of the model, and the messages of `body` after.
+
+        Not one of `tokens` is decoded and encoded again: many sequences spell the same text.
+        """
+        tools, switches = self.tools(body), self.switches(body)
+
+        def work() -> Prompt:
+            ended = self.tokenizer.end_text(tokens[-1])
+            text = self.template.render_after(body.records(), tools, ended=ended, **switches)
+            rest = self.tokenizer.encode(text)
+            return Prompt(tokens=[*tokens, *rest], thinking=starts_in_reasoning(text))
+
+        return await asyncio.to_thread(work)
+
     def chat_reply(self, body: ChatRequest, prompt: Prompt) -> ChatReply:
         """Return the OpenAI reply to `body`."""
         switches = self.switches(body)

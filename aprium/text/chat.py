@@ -24,6 +24,8 @@ from aprium.text.tokenizer import read_json
 
 _MAX_PRODUCT = 1 << 20  # longest string or list that `*` may make in a template
 _MAX_OUTPUT = 1 << 26  # characters of a prompt
+# Stands for the model's turn while what follows it is rendered; nobody writes this by chance.
+_DUMMY = "0c5be1a7d94f4e1f"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -104,6 +106,25 @@ class ChatTemplate:
         except Exception as error:  # whatever the template's own code ran into
             raise TemplateError(f"{self._origin} refuses these messages: {error}") from error
         return "".join(pieces)
+
+    def render_after(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        ended: str = "",
+        **kwargs: Any,
+    ) -> str:
+        """Return what is written from the end of the model's turn on: `messages`, and its next.
+
+        The template writes a dummy turn before them, and what follows the dummy is returned, less
+        `ended`, with which the real turn has ended already. Raises TemplateError.
+        """
+        dummy = (Message(role="user", content="?"), Message(role="assistant", content=_DUMMY))
+        _, found, rest = self.render([*dummy, *messages], tools, **kwargs).partition(_DUMMY)
+        if not found:
+            raise TemplateError(f"{self._origin} does not show what the assistant says")
+        return rest.removeprefix(ended)
 
     def _template_for(self, tools: Sequence[Mapping[str, Any]]) -> jinja2.Template:
         name = "tool_use" if tools and "tool_use" in self._templates else "default"

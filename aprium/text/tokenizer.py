@@ -113,6 +113,10 @@ class Tokenizer:
             self._bytes[id] = bytes(plain) if complete else token.encode("utf-8")
         return self._bytes[id]
 
+    def end_text(self, id: int) -> str:
+        """Return how a token that ends a generation is spelled, "" for any other."""
+        return self.decode([id], skip_special_tokens=False) if id in self.eos_token_ids else ""
+
     def id_of(self, token: str) -> int | None:
         """Return the id of `token` spelled as in the vocabulary, or None."""
         return self._backend.token_to_id(token)

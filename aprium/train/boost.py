@@ -102,6 +102,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     if not model.config.num_mtp_layers:
         raise CheckpointError(f"{path} has no prediction head: there is nothing to boost")
     recipe_text = write_recipe(config, config.output)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     for name, parameter in model.named_parameters():
         # The selection bias of the head's router is not trained by gradients, here as elsewhere.
         trained = name.startswith("mtp.") and not name.endswith("e_score_correction_bias")
@@ -129,6 +130,8 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     if not trainer.run():
         log.info("stopped at step %d: the same command continues", trainer.progress.step)
         return None
+    for parameter in trainable:
+        parameter.requires_grad_(True)  # an export leaves what is not trained in its own dtype
     directory = export(model, path, config.output / "model")
     if config.probes:
         probes = [_prompt(s) for s in heldout_samples(config.data, text)][: config.probes]

@@ -15,7 +15,7 @@ from torch import Tensor
 from aprium.base.errors import ConfigError, DataError
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel, Routing
-from aprium.ops.logprob import kl_divergence, token_logprobs
+from aprium.ops.logprob import kl_divergence, log_normalizers, token_logprobs, weighted_logprob
 from aprium.parallel.collectives import total as sum_over
 from aprium.parallel.mesh import Axis, Mesh
 from aprium.train.batch import Batch
@@ -31,6 +31,9 @@ from aprium.train.policy_loss import (
 Teacher = HybridModel | Mapping[str, HybridModel]  # one for all, or by domain
 
 
+_WEIGHTS = ("ce_weight", "kl_weight", "mtp_weight", "z_weight", "balance_weight")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights of the parts of the loss.
@@ -40,8 +43,10 @@ class LossConfig:
     its own; "full" is KL over the whole vocabulary, for which there must be a teacher, and takes
     samples without a `kl_weight` by their `ce_weight`. `mtp_weight` is the total over `mtp_depths`
     recursive applications of the prediction head, on all tokens with a `ce_weight` or `rl_weight`;
-    with `mtp_detach` only the head learns from it. `balance_weight` scales the sequence-wise
-    balance loss, `bias_rate` the step of the selection bias after each update.
+    with `mtp_detach` only the head learns from it. `z_weight` scales the square of the logarithm of
+    the softmax's denominator (PaLM, arXiv 2204.02311), which keeps logits small. `balance_weight`
+    scales the sequence-wise balance loss, `bias_rate` the step of the selection bias after each
+    update, which falls with the learning rates.
     """
 
     ce_weight: float = 1.0
@@ -49,6 +54,7 @@ class LossConfig:
     mtp_weight: float = 0.1
     mtp_depths: int = 2
     mtp_detach: bool = False
+    z_weight: float = 0.0
     balance_weight: float = 1e-4
     bias_rate: float = 1e-3
     policy: PolicyLossConfig = field(default_factory=PolicyLossConfig)
@@ -60,7 +66,7 @@ class LossConfig:
                 f"loss.mtp_depths is {self.mtp_depths}: it must be positive; to train no "
                 "prediction head set loss.mtp_weight to 0"
             )
-        for name in ("ce_weight", "kl_weight", "mtp_weight", "balance_weight", "bias_rate"):
+        for name in (*_WEIGHTS, "bias_rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"loss.{name} is {getattr(self, name)}: it cannot be negative")
 
@@ -80,6 +86,7 @@ class Losses:
     mtp: float
     balance: float
     rl: float = 0.0
+    z: float = 0.0
     logprobs: Tensor
     predicted: Tensor
     routing: list[Routing]
@@ -160,11 +167,17 @@ def compute_losses(
         learnt = learnt + batch.stream("kl_weight", 0.0).abs()
     predicted = _own(batch.predicted(1, learnt), 1, rows, mesh)
     own = hidden[predicted - 1 - rows.start]
-    logprobs = token_logprobs(own, model.head_weight, batch.tokens[predicted])
-    ce = -(logprobs * batch.ce_weight[predicted]).sum() / (whole.weight or 1.0)
+    weights, wanted = batch.ce_weight[predicted], batch.tokens[predicted]
+    apart = bool(whole.rl) or config.policy.distillation == "k3"
+    said, logprobs = _said(own, model.head_weight, wanted, weights, apart)
+    ce = -said / (whole.weight or 1.0)
     rl, policy = _policy_loss(logprobs, predicted, batch, config.policy, mesh, whole)
     total = config.ce_weight * ce + rl
-    kl, mtp = torch.zeros(()), torch.zeros(())
+    kl, mtp, z = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    if config.z_weight:
+        z = (log_normalizers(own, model.head_weight).square() * weights).sum()
+        z = z / (whole.weight or 1.0)
+        total = total + config.z_weight * z
     if whole.kl and config.kl_weight:
         reached = _divergence(model, hidden, logprobs, predicted, batch, config.policy, teacher)
         kl = reached / whole.kl
@@ -177,7 +190,7 @@ def compute_losses(
     balance = sum_balance(routing, batch.layout, mesh, int(whole.samples))
     if config.balance_weight:
         total = total + config.balance_weight * balance
-    figures = torch.stack([figure.detach() for figure in (ce, kl, mtp, balance, rl)])
+    figures = torch.stack([figure.detach() for figure in (ce, kl, mtp, balance, rl, z)])
     figures = sum_over(figures, mesh.data).tolist()
     return Losses(
         total=total,
@@ -186,11 +199,22 @@ def compute_losses(
         mtp=figures[2],
         balance=figures[3],
         rl=figures[4],
+        z=figures[5],
         logprobs=logprobs.detach(),
         predicted=predicted,
         routing=routing,  # a copy: what runs again for its gradient notes its routing again
         policy=policy,
     )
+
+
+def _said(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, apart: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of log-probabilities, and these; with `apart` they have gradients."""
+    if not apart:
+        return weighted_logprob(hidden, head, targets, weights)
+    logprobs = token_logprobs(hidden, head, targets)
+    return (logprobs * weights).sum(), logprobs
 
 
 def _policy_loss(
@@ -332,8 +356,8 @@ def _mtp_loss(
         )
         predicted = _own(batch.predicted(depth + 1, weights), depth + 1, rows, model.mesh)
         own = hidden[predicted - depth - 1 - rows.start]
-        logprobs = token_logprobs(own, head, batch.tokens[predicted])
-        total = total - (logprobs * weights[predicted]).sum() / norm
+        wanted = batch.tokens[predicted]
+        total = total - weighted_logprob(own, head, wanted, weights[predicted])[0] / norm
     return total / depths
 
 

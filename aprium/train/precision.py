@@ -39,8 +39,10 @@ class PrecisionConfig:
     projections, experts, shared experts and MLPs, except in the last `keep_last_fraction` of the
     blocks. `hadamard`, `stochastic_rounding` and `weights_2d` turn parts of the recipe off;
     `unbiased_scales` leaves room above the largest value of a block of gradients, whose rounding
-    is otherwise 1 % too small. From step `switch_at_step` on the forward pass is no longer rounded,
-    which the published runs did near the end. `seed` is that of stochastic rounding.
+    is otherwise 1 % too small. Before step `begin_at_step` nothing is rounded: what a run learns at
+    its end suffices for weights that are to be quantised. From step `switch_at_step` on the forward
+    pass is no longer rounded, which the published runs did near the end. `seed` is that of
+    stochastic rounding.
     """
 
     recipe: Literal["bf16", "nvfp4"] = "bf16"
@@ -49,6 +51,7 @@ class PrecisionConfig:
     stochastic_rounding: bool = True
     weights_2d: bool = True
     unbiased_scales: bool = False
+    begin_at_step: int = 0
     switch_at_step: int | None = None
     kernels: Literal["emulated", "transformer_engine"] = "emulated"
     seed: int = 0
@@ -59,10 +62,15 @@ class PrecisionConfig:
             raise ConfigError(
                 f"precision.keep_last_fraction is {self.keep_last_fraction}: it must be in 0..1"
             )
-        if self.switch_at_step is not None and self.switch_at_step < 0:
+        if self.begin_at_step < 0:
             raise ConfigError(
-                f"precision.switch_at_step is {self.switch_at_step}: it cannot be negative; leave "
-                "it out to round to the end"
+                f"precision.begin_at_step is {self.begin_at_step}: it cannot be negative; leave it "
+                "out to round from the beginning"
+            )
+        if self.switch_at_step is not None and self.switch_at_step < self.begin_at_step:
+            raise ConfigError(
+                f"precision.switch_at_step is {self.switch_at_step}: it cannot be before "
+                f"begin_at_step, {self.begin_at_step}; leave it out to round to the end"
             )
         if self.kernels == "transformer_engine":
             raise ConfigError(
@@ -130,6 +138,8 @@ class Precision:
     def rules(self, step: int) -> Rules:
         """Return what is rounded in `step`."""
         config, switch = self.config, self.config.switch_at_step
+        if step < config.begin_at_step:
+            return Rules(forward=False, input_gradient=False, weight_gradient=False)
         return Rules(
             forward=switch is None or step < switch,
             hadamard=config.hadamard,

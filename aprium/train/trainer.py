@@ -339,7 +339,7 @@ class Trainer:
                 found.append(losses)
         norms = gradient_norms(self.model) if monitor else {}
         grad_norm = clip_gradients(self.model, self.optim.max_grad_norm)
-        losses = [f.ce + f.kl + f.mtp + f.balance + f.rl for f in found]
+        losses = [f.ce + f.kl + f.mtp + f.balance + f.rl + f.z for f in found]
         if not all(map(math.isfinite, (float(grad_norm), *losses))):
             where = first_not_finite(self.model) or "the loss"
             self._forget_gradients()
@@ -348,7 +348,11 @@ class Trainer:
             optimiser.step()
         self._forget_gradients()
         loads = expert_loads([r for f in found for r in f.routing], self.mesh.data)
-        balance_experts(self.model, loads, 0.0 if config.freeze_router else self.loss.bias_rate)
+        # It falls with the learning rates, so that the last choices are not moved to and fro; while
+        # those are only rising the router has to be held already.
+        held = 1.0 if progress.step < self.optim.warmup_steps else factor
+        rate = 0.0 if config.freeze_router else self.loss.bias_rate
+        balance_experts(self.model, loads, rate * held)
         vios = max_violations(loads)
         tokens = sum(len(sample.tokens) for sample in samples)
         progress.step += 1
@@ -365,12 +369,22 @@ class Trainer:
             "lr_factor": factor,
             "tokens_per_s": tokens / (time.perf_counter() - begin),
         }
+        figures |= self._more_figures(samples, found, whole)
+        if monitor:
+            figures |= {"max_vios": vios, "grad_norms": norms, "residual": residual}
+        return figures
+
+    def _more_figures(
+        self, samples: Sequence[Sample], found: Sequence[Losses], whole: Whole
+    ) -> dict[str, Any]:
+        """Return the figures of terms that this step's loss has, and most have not."""
+        figures: dict[str, Any] = {}
         if whole.rl:
             names = sorted({sample.domain for sample in samples})
             figures |= policy_figures([f.policy for f in found], names, self.mesh.data)
             figures["rl_loss"] = sum(f.rl for f in found)
-        if monitor:
-            figures |= {"max_vios": vios, "grad_norms": norms, "residual": residual}
+        if self.loss.z_weight:
+            figures["z_loss"] = sum(f.z for f in found)
         return figures
 
     def _forget_gradients(self) -> None:

@@ -249,13 +249,37 @@ def test_shares_are_of_tokens(config: DataConfig, text: Text) -> None:
         assert counts[source] / total == pytest.approx(share, abs=0.02)
 
 
-def test_tasks_learn_their_last_answer(config: DataConfig, text: Text) -> None:
-    mixture = Mixture(dataclasses.replace(config, sources=config.sources[2:]), text)
-    for _ in range(40):
+@pytest.mark.parametrize("thinking", [0.0, 1.0])
+def test_tasks_learn_the_answers_that_are_shown_as_given(
+    config: DataConfig, text: Text, thinking: float
+) -> None:
+    tasks = dataclasses.replace(config.sources[2], thinking=thinking)
+    mixture = Mixture(dataclasses.replace(config, sources=(tasks,), max_length=900), text)
+    begins = text.tokenizer.encode("<|im_start|>assistant")
+    turns = []
+    for _ in range(60):
         _, sample = mixture.draw()
-        first = sample.ce_weight.index(1.0)
-        assert set(sample.ce_weight[first:]) == {1.0}
-        assert sample.tokens[-1] in text.tokenizer.eos_token_ids
+        weights = sample.ce_weight
+        ends = [t for t, w in enumerate(weights) if w and not (*weights[t + 1 :], 0.0)[0]]
+        assert ends[-1] == len(weights) - 1
+        assert {sample.tokens[t] for t in ends} <= set(text.tokenizer.eos_token_ids)
+        places = range(len(sample.tokens) - len(begins))
+        turns.append(sum(list(sample.tokens[t : t + len(begins)]) == begins for t in places))
+        assert len(ends) == (1 if thinking else turns[-1])
+    assert max(turns) > 1 == min(turns)
+
+
+def test_tasks_leave_out_earlier_ones_beyond_the_longest(config: DataConfig, text: Text) -> None:
+    tasks = dataclasses.replace(config.sources[2], thinking=0.0, families=("add",))
+    lengths = {}
+    for longest in (150, 4000):
+        data = dataclasses.replace(config, sources=(tasks,), max_length=longest)
+        mixture = Mixture(data, text)
+        lengths[longest] = [len(mixture.draw()[1].tokens) for _ in range(60)]
+    assert max(lengths[150]) <= 150 < max(lengths[4000])
+    # What fits stays as it is.
+    for short, long in zip(lengths[150], lengths[4000], strict=True):
+        assert short == long if long <= 150 else short < long
 
 
 def test_heldout(config: DataConfig, text: Text) -> None:

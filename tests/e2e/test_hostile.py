@@ -89,7 +89,9 @@ def test_a_client_that_leaves_at_each_chunk(address: str, path: str) -> None:
         connection = connect(address)
         connection.sendall(raw(address, path, body))
         for _ in range(chunks):
-            assert connection.recv(200)
+            if not connection.recv(200):  # the whole answer
+                assert chunks > 4
+                break
         if chunks % 2:  # with a reset rather than an orderly end
             linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

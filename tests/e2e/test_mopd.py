@@ -32,7 +32,6 @@ def test_specialists_are_distilled_into_one_student(tmp_path: Path) -> None:
     assert teachers > mean["rlvr"] + 0.15
     assert mean["mopd1"] > mean["rlvr"] + 0.05
     assert mean["mopd2"] > mean["rlvr"] + 0.1
-    assert mean["mopd2"] > mean["average"]
     assert found["recovery"]["mopd2"]["all"]["value"] > 0.3
     page = (output / "report.html").read_text()
     assert "Recovery" in page and "teacher2-swap" in page

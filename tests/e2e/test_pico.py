@@ -51,7 +51,7 @@ def test_it_solves_held_out_tasks(pico: LLM, family: str) -> None:
     for task, completion in zip(tasks, completions, strict=True):
         reply = parse(completion.text, thinking=True, tools=task.tools)
         solved += verify(task, reply.content or "", reply.tool_calls)
-    # The card says 92 to 100 % on real words; these are partly scrambled ones.
+    # The card says more on real words; these are partly scrambled ones.
     assert solved >= 8
 
 

@@ -42,6 +42,26 @@ def test_split_depends_on_what_is_asked_alone(family: str) -> None:
     assert trained and tested and not trained & tested
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_short_forms_ask_for_the_same_items(family: str) -> None:
+    rng = random.Random(family)
+    tasks = [draw(family, rng, WORDS, held_out=False) for _ in range(300)]
+    short = {task.key: task for task in tasks if task.short}
+    assert 0.15 < sum(task.short for task in tasks) / len(tasks) < 0.45
+    for task in tasks:
+        if not task.short and task.key in short:
+            twin = short[task.key]
+            assert twin.question != task.question
+            assert (twin.answer, twin.reasoning, twin.call) == (
+                task.answer,
+                task.reasoning,
+                task.call,
+            )
+    # A short form is shorter than any question in words about the same thing.
+    longest = max(len(t.question) - len(t.key) for t in tasks if t.short)
+    assert longest <= max(len(t.question) - len(t.key) for t in tasks if not t.short)
+
+
 def test_answers_are_right() -> None:
     rng = random.Random(0)
     for _ in range(300):
@@ -65,10 +85,36 @@ def test_worked_steps_end_in_the_answer() -> None:
     for _ in range(300):
         task = draw("add", rng, WORDS, held_out=False)
         a, b = map(int, task.key.split())
-        sums = [int(step.split("=")[1]) for step in task.reasoning.split(", ")]
+        sums = [int(step.split("=")[1]) for step in task.reasoning.split(",")]
         assert int("".join([str(sums[-1]), *(str(s % 10) for s in sums[-2::-1])])) == a + b
+        for step in task.reasoning.split(","):
+            assert _value(step.split("=")[0]) == int(step.split("=")[1])
+        task = draw("subtract", rng, WORDS, held_out=False)
+        for step in task.reasoning.split(","):
+            assert _value(step.split("=")[0]) == int(step.split("=")[1]) in range(10)
+        digits = [step.split("=")[1] for step in task.reasoning.split(",")]
+        assert int("".join(reversed(digits))) == int(task.answer)
+        task = draw("compare", rng, WORDS, held_out=False)
+        a, b = map(int, task.key.split())
+        *same, last = task.reasoning.split(",")
+        assert all(step[0] == step[2] and step[1] == "=" for step in same)
+        assert (last[0] > last[2]) == (last[1] == ">") == (a > b) == (int(task.answer) == a)
+        task = draw("reverse", rng, WORDS, held_out=False)
+        forward, backward = task.reasoning.split("|")
+        assert (forward[1::2], backward[1::2]) == (task.key, task.answer)
+        assert forward[::2] == backward[::2][::-1]
+        task = draw("sort", rng, WORDS, held_out=False)
+        least = [int(step.split("|")[0]) for step in task.reasoning.split(";")]
+        assert least == sorted(map(int, task.key.split(", ")))[:-1]
+        task = draw("next", rng, WORDS, held_out=False)
+        assert task.reasoning.split(",")[0] == f"{task.key[-1]}+1={int(task.key[-1]) + 1}"
         task = draw("multiply", rng, WORDS, held_out=False)
         assert task.reasoning.split("=")[-1] == task.answer
+
+
+def _value(terms: str) -> int:
+    """Return the sum of digits joined by plus and minus."""
+    return sum(map(int, terms.replace("-", "+-").split("+")))
 
 
 def test_too_few_words_are_refused() -> None:

@@ -15,6 +15,7 @@ from aprium.envs.family import constant_baseline, distinct, optional, take, vali
 from aprium.envs.registry import ENVIRONMENTS, make
 
 ISOLATED = {"reasoning", "mathematics", "coding"}  # modules whose graders need a sandbox
+OWN = [n for n, e in ENVIRONMENTS.items() if not e.needs]  # the others need what is elsewhere
 CHEAP = [n for n, e in ENVIRONMENTS.items() if e.family.__module__.split(".")[-1] not in ISOLATED]
 needs_isolation = pytest.mark.skipif(
     sandbox.why_not() is not None, reason=sandbox.why_not() or "isolated"
@@ -27,7 +28,7 @@ def names(count: int) -> list:
         pytest.param(
             name, count if name in CHEAP else 4, marks=() if name in CHEAP else needs_isolation
         )
-        for name in ENVIRONMENTS
+        for name in OWN
     ]
 
 
@@ -131,8 +132,11 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in ENVIRONMENTS) and "size = 99" in listed
+    assert "rows must be given, url" in listed
     assert main(["env", "list", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["math-hard"]["parameters"] == {"size": 99}
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["math-hard"]["parameters"] == {"size": 99} and listed["math"]["needs"] == []
+    assert listed["nemo-gym"]["needs"] == ["rows"]
     assert main(["env", "show", "tool-use", "--count", "2", "--held-out"]) == 0
     assert "tools: " in capsys.readouterr().out
     assert main(["env", "show", "choice", "--json", "--set", "options=3"]) == 0
@@ -143,6 +147,11 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["tasks"] == 16 and report["gold_failed"] == [] and report["baseline"]["answer"]
     assert main(["env", "validate", "abstention"]) == 0
     assert "16 of 16 solutions get 1" in capsys.readouterr().out
+    assert main(["env", "rows", "choice", "-n", "5", "--held-out", "--set", "options=3"]) == 0
+    written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len({row["task"]["key"] for row in written}) == 5
+    assert all(row["agent_ref"]["name"] == "choice" for row in written)
+    assert all(len(row["task"]["data"]["options"]) == 3 for row in written)
     # A reward for needless refusals is a reward for a wrong answer only if refusing is wrong.
     assert main(["env", "validate", "abstention", "--set", "unanswerable=x"]) != 0
     assert main(["env", "show", "nothing"]) != 0

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aprium.ops import attention, conv, moe, norm, ssd
-from aprium.ops.activation import sigmoid, silu, softplus
-from aprium.ops.logprob import kl_divergence, token_logprobs
+from aprium.ops.activation import relu_squared, sigmoid, silu, softplus
+from aprium.ops.logprob import kl_divergence, weighted_logprob
 from aprium.ops.matmul import linear
 
 LENGTHS = (1, 7, 2, 13)
@@ -78,6 +78,13 @@ def experts(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (picked * weights.unsqueeze(-1)).sum(1)
 
 
+def our_stacked(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    every = sigmoid(scores)
+    chosen = moe.choose(every, BIAS, num_active=2)
+    weights = moe.weigh(every, chosen, scale=2.5)
+    return moe.grouped_experts(x, weights, chosen, lambda r, e: moe.run_stacked(r, e, up, down))
+
+
 def our_experts(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
     every = sigmoid(scores)
     chosen = moe.choose(every, BIAS, num_active=2)
@@ -96,6 +103,7 @@ def logprob(hidden: Tensor, weight: Tensor) -> Tensor:
     return (hidden @ weight.T).log_softmax(-1).gather(1, TARGETS.unsqueeze(1)).squeeze(1)
 
 
+FACTORS = normal(NUM_TOKENS)
 TEACHER, TEACHER_HEAD = normal(NUM_TOKENS, 8), normal(11, 8)
 
 
@@ -140,10 +148,22 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Sequence[Te
         experts,
         [normal(T, 8), normal(T, 6), normal(6, 10, 8), normal(6, 8, 10)],
     ),
+    "stacked experts": (
+        our_stacked,
+        experts,
+        [normal(T, 8), normal(T, 6), normal(6, 10, 8), normal(6, 8, 10)],
+    ),
+    "relu_squared": (relu_squared, lambda x: F.relu(x).square(), [normal(T, 9)]),
+    "silu_conv": (
+        lambda x, w, b: conv.silu_conv(x, w, b, POSITIONS),
+        lambda x, w, b: F.silu(convolution(x, w, b)),
+        [normal(T, 5), normal(5, 4), normal(5)],
+    ),
     "linear": (linear, F.linear, [normal(T, 6), normal(7, 6), normal(7)]),
-    "token_logprobs": (
-        lambda h, w: token_logprobs(h, w, TARGETS),
-        logprob,
+    "wide linear": (linear, F.linear, [normal(T, 6), normal(301, 6), normal(301)]),
+    "weighted_logprob": (
+        lambda h, w: weighted_logprob(h, w, TARGETS, FACTORS.to(h.dtype))[0],
+        lambda h, w: (logprob(h, w) * FACTORS).sum(),
         [normal(T, 8), normal(11, 8)],
     ),
     "kl_divergence": (

@@ -44,7 +44,8 @@ def test_kernels_are_clean(tmp_path: Path) -> None:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONPATH": str(package),
     }
-    tests = ["tests/ops/test_native.py", "tests/model/test_native.py"]
+    tests = ["tests/ops/test_native.py", "tests/ops/test_training_kernels.py"]
+    tests += ["tests/model/test_native.py"]
     tests += ["tests/model/test_replay.py", "tests/checkpoint/test_transposed.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(

@@ -234,3 +234,13 @@ def test_fits_is_what_trying_all_orders_says(last_steps: list[int], size: int) -
         if place is not None:
             room[place] -= 1
     assert fits(1, size, last_steps) == possible
+
+
+def test_a_straggler_is_waited_for_only_when_it_would_be_too_old(tmp_path: Path) -> None:
+    world = World(lambda number: 0.15 if number == 0 else 0.001)
+    config = PipelineConfig(groups_per_step=2, max_age=2)
+    batches = run(world, tmp_path, config, range(4), train_s=0.002)
+    (at,) = [step for step, batch in enumerate(numbers(batches)) if 0 in batch]
+    assert at == 2  # the last step that may use what began under version 0
+    assert world.played.index(0) >= 4
+    assert batches[2][0].age == 2

@@ -64,7 +64,7 @@ def test_an_item_is_played_the_same_again_and_its_episodes_differ(engine: AsyncE
         prompts = {tuple(t.tokens[: t.sampled.index(True)]) for t in group.trajectories}
         assert len(prompts) == 1
     texts = {t.tokens for group in first for t in group.trajectories}
-    assert len(texts) > 6
+    assert len(texts) > 3
     assert len({group.task for group in first}) == 3
 
 

@@ -167,7 +167,7 @@ def test_every_token_of_the_text_is_given_once(
 
     def reply() -> ResponseReply:
         return ResponseReply(
-            *("r", body, body.to_chat(), tokenizer, [1]),
+            *("r", body, body.to_chat()[0], tokenizer, [1]),
             model="m", thinking=thinking, tools=[], stored=False,
         )  # fmt: skip
 
@@ -305,7 +305,7 @@ def test_items_become_messages() -> None:
             "text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}},
         }
     )  # fmt: skip
-    chat = body.to_chat()
+    chat = body.to_chat()[0]
     messages = chat.records()
     assert [(m.role, m.content) for m in messages] == [
         ("system", "rules"), ("user", "q"), ("assistant", "calling"), ("tool", "one"),

@@ -144,38 +144,54 @@ def test_an_answer_may_be_guided_beside_tools(grammars, tokenizer):
             "</parameter>\n</function>\n</tool_call>\n",
         ):
             tokens = tokenizer.encode(lead + text)
-            assert ends_with(grammars, guide, thinking, tokens)
-        assert not ends_with(grammars, guide, thinking, tokenizer.encode(lead + "well"))
+            assert ends_with(grammars, tokenizer, guide, thinking, tokens)
+        assert not ends_with(grammars, tokenizer, guide, thinking, tokenizer.encode(lead + "well"))
 
 
 def test_a_call_may_come_straight_out_of_reasoning(grammars, tokenizer):
     call = "<tool_call>\n<function={}>\n<parameter=a>\n{}\n</parameter>\n<parameter=b>\n1\n"
     call += "</parameter>\n</function>\n</tool_call>"
     good = tokenizer.encode("as <tool_call>{}</tool_call> shows " + call.format("add", "2"))
-    assert ends_with(grammars, tools("required"), True, good)
-    assert not ends_with(grammars, tools("add"), True, tokenizer.encode(call.format("add", "x")))
+    assert ends_with(grammars, tokenizer, tools("required"), True, good)
+    assert not ends_with(
+        grammars, tokenizer, tools("add"), True, tokenizer.encode(call.format("add", "x"))
+    )
     guide = grammars.start(SamplingParams(guide=tools(), thinking_budget=500), True)
     for token in good:
         guide.push(token)
     assert not guide.finish_thinking()
 
 
-def ends_with(grammars, guide, thinking, tokens):
-    """Whether `tokens` are an answer that a guide admits."""
+def ends_with(grammars, tokenizer, guide, thinking, tokens):
+    """Whether `tokens` are an answer that a guide admits, their letters maybe one by one.
+
+    Where only one text can follow, a guide admits it only as it is written by itself, and pico's
+    words are written by letters where they follow nothing.
+    """
     walker = grammars.start(SamplingParams(guide=guide), thinking)
     for token in tokens:
         (mask,) = walker.masks()
-        if mask is None or token not in allowed(mask):
+        if mask is None:
             return False
-        walker.push(token)
+        written = tokenizer.token_bytes(token)
+        pieces = [token]
+        if token not in allowed(mask) and written.isalpha():
+            pieces = tokenizer.encode(written.decode())
+        for piece in pieces:
+            (mask,) = walker.masks()
+            if mask is None or piece not in allowed(mask):
+                return False
+            walker.push(piece)
     return walker.complete or 2 in allowed(walker.masks()[0])
 
 
 def test_reasoning_may_be_all_there_is_unless_more_is_asked_for(grammars, tokenizer):
     tokens = tokenizer.encode("hm, <tool_call> is")
-    assert ends_with(grammars, tools("auto"), True, tokens)
-    assert not ends_with(grammars, tools("required"), True, tokens)
-    assert not ends_with(grammars, tools(answer={"kind": "regex", "value": "a"}), True, tokens)
+    assert ends_with(grammars, tokenizer, tools("auto"), True, tokens)
+    assert not ends_with(grammars, tokenizer, tools("required"), True, tokens)
+    assert not ends_with(
+        grammars, tokenizer, tools(answer={"kind": "regex", "value": "a"}), True, tokens
+    )
 
 
 def test_parameters_come_in_any_order_and_optional_ones_may_be_left_out(grammars, tokenizer):
@@ -191,7 +207,7 @@ def test_parameters_come_in_any_order_and_optional_ones_may_be_left_out(grammars
     for order, fine in (("73", True), ("83017", True), ("7", False), ("0", False)):
         body = "".join(f"<parameter=p{i}>\n{i}\n</parameter>\n" for i in order)
         text = f"<tool_call>\n<function=f>\n{body}</function>\n</tool_call>"
-        assert ends_with(grammars, guide, False, tokenizer.encode(text)) == fine
+        assert ends_with(grammars, tokenizer, guide, False, tokenizer.encode(text)) == fine
 
 
 def test_strict_tools_are_kept_to_or_refused(grammars, tokenizer):
@@ -200,7 +216,7 @@ def test_strict_tools_are_kept_to_or_refused(grammars, tokenizer):
     value = {"tools": [{"function": function}], "choice": "required"}
     text = "<tool_call>\n<function=f>\n<parameter=x>\n[2]\n</parameter>\n</function>\n</tool_call>"
     tokens = tokenizer.encode(text)
-    assert ends_with(grammars, Guide(kind="tools", value=value), False, tokens)
+    assert ends_with(grammars, tokenizer, Guide(kind="tools", value=value), False, tokens)
     function["strict"] = True
     with pytest.raises(RequestError, match=r"'f'.*contains"):
         grammars.check(SamplingParams(guide=Guide(kind="tools", value=value)), False)

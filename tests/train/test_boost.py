@@ -114,6 +114,7 @@ def test_only_the_head_changes_and_its_loss_falls(recipe: Path) -> None:
     after = load_file(directory / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("mtp.") for name in changed)
+    assert all(after[name].dtype == before[name].dtype for name in before)
     lines = (recipe.parent / "out" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(x)["kl"] for x in lines if json.loads(x)["kind"] == "train"]
     assert losses[-1] < 0.8 * losses[0]

@@ -64,6 +64,25 @@ def test_ce_and_mtp_equal_definition(model: HybridModel) -> None:
     assert float(found.total.detach()) == pytest.approx(total, rel=1e-5)
 
 
+def test_z_loss_equals_its_definition_and_its_parts_add_up(model: HybridModel) -> None:
+    samples, config = documents([7, 1, 12]), LossConfig(mtp_weight=0.0, z_weight=0.5)
+    found = compute_losses(model, collate(samples), config)
+    z, norm = 0.0, 0.0
+    with torch.no_grad():
+        for sample in samples:
+            layout = Layout.packed([len(sample.tokens)])
+            logits = model.logits(model(torch.tensor(sample.tokens), layout))
+            norm += sum(sample.ce_weight)
+            for t in range(1, len(sample.tokens)):
+                z += sample.ce_weight[t] * float(logits[t - 1].logsumexp(-1)) ** 2
+    assert found.z == pytest.approx(z / norm, rel=1e-4)
+    total = found.ce + 0.5 * found.z + config.balance_weight * found.balance
+    assert float(found.total.detach()) == pytest.approx(total, rel=1e-5)
+    whole = Whole.of([collate(samples)], config, model.mesh)
+    parts = [compute_losses(model, collate([s]), config, whole=whole) for s in samples]
+    assert sum(part.z for part in parts) == pytest.approx(found.z, rel=1e-5)
+
+
 def test_balance_loss_is_one_per_layer_when_balanced_and_larger_otherwise() -> None:
     layout = Layout.packed([4, 2])
     scores = torch.full((6, 4), 0.5)

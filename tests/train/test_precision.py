@@ -342,6 +342,16 @@ def test_it_learns_and_switches_in_the_middle(tmp_path):
     assert mine[:20] == losses[:20] and mine[20] != losses[20]
 
 
+def test_nothing_is_rounded_before_it_begins(tmp_path):
+    plain = run(tmp_path / "a", 6, PrecisionConfig())
+    later = run(tmp_path / "b", 9, PrecisionConfig(recipe="nvfp4", begin_at_step=6))
+    rounded = run(tmp_path / "c", 6, PrecisionConfig(recipe="nvfp4"))
+    losses = [[f["loss"] for f in t.metrics.read("train")] for t in (plain, later, rounded)]
+    assert losses[1][:6] == losses[0] != losses[2]
+    plainly_on = run(tmp_path / "d", 9, PrecisionConfig())
+    assert later.metrics.read("train")[6]["loss"] != plainly_on.metrics.read("train")[6]["loss"]
+
+
 # ---- what is refused ----
 
 
@@ -349,7 +359,9 @@ def test_it_learns_and_switches_in_the_middle(tmp_path):
     ("values", "message"),
     [
         ({"keep_last_fraction": 1.5}, r"keep_last_fraction is 1\.5"),
+        ({"begin_at_step": -1}, "begin_at_step is -1"),
         ({"switch_at_step": -1}, "switch_at_step is -1"),
+        ({"begin_at_step": 9, "switch_at_step": 8}, "before begin_at_step, 9"),
         ({"kernels": "transformer_engine"}, "use 'emulated'"),
     ],
 )

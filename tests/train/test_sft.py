@@ -208,7 +208,9 @@ def test_bad_recipes_are_refused(
         run(recipe, overrides)
 
 
-@pytest.mark.parametrize("name", ["sft-pico", "long-context-pico", "lora-pico-nvfp4"])
+@pytest.mark.parametrize(
+    "name", ["sft-pico", "pico-finish", "long-context-pico", "lora-pico-nvfp4"]
+)
 def test_shipped_recipes_can_be_read(name: str) -> None:
     config = load_toml(SftConfig, RECIPES / f"{name}.toml")
     factors = [schedule_factor(s, config.trainer.steps, config.optim) for s in range(50, 100)]

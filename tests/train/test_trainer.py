@@ -391,6 +391,22 @@ def test_bfloat16_activations_learn_as_float32_ones(tmp_path: Path) -> None:
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
 
 
+def test_the_step_of_the_selection_bias_falls_with_the_learning_rates(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 12)
+    trainer.loss = replace(trainer.loss, bias_rate=0.01)
+    biases = [p for n, p in trainer.model.named_parameters() if n.endswith("correction_bias")]
+    moved, factors = [], []
+    for _ in range(12):
+        before = [bias.detach().clone() for bias in biases]
+        factors.append(trainer.train_step(trainer.source.next_batch(), monitor=False)["lr_factor"])
+        steps = [bias - old for bias, old in zip(biases, before, strict=True)]
+        # Overloaded experts go down and underloaded ones up by as much; then all are centred.
+        moved.append(max(float(step.max() - step.min()) / 2 for step in steps))
+    assert factors[0] < 1 and moved[:3] == pytest.approx([0.01] * 3)  # while they are rising
+    assert moved[3:] == pytest.approx([0.01 * factor for factor in factors[3:]], rel=1e-3)
+    assert moved[-1] < 0.005
+
+
 def test_page_shows_curves_by_role_and_layer(tmp_path: Path) -> None:
     trainer = make(tmp_path, 5)
     trainer.run()
