@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
@@ -39,13 +40,14 @@ class NodeConfig:
     bring the student into its teachers' support; "rl" is reinforcement learning on tasks; "mopd"
     distils `teachers` on the student's own rollouts; "merge" averages the weights of `members`, by
     `weights` (none: equally). `parent` is the node, checkpoint or hub id to start from (none: the
-    recipe's). `domains` are the recipe's that it works on (none: all of them). `teachers` names one
-    for a domain: a node, a checkpoint, a key of the recipe's `[remotes]`, "self", or, to be learnt
-    from, "solutions", the tasks' own; `default` is for domains without one. Of each domain with a
-    teacher, `rollouts` tasks are played by it for "sft" and "warmup", and episodes with a reward of
-    at least `min_reward` learnt (none: all). `when` "needed" measures the support of all teachers
-    first, learns only domains where it is not enough, and passes the parent on where there are
-    none. `adapt` lets the support measured choose the form of a "mopd" node's distillation.
+    recipe's). `domains` are the recipe's that it works on (none: all of them), and `shares` the
+    weights of some of these here, in place of their own. `teachers` names one for a domain: a node,
+    a checkpoint, a key of the recipe's `[remotes]`, "self", or, to be learnt from, "solutions", the
+    tasks' own; `default` is for domains without one. Of each domain with a teacher, `rollouts`
+    tasks are played by it for "sft" and "warmup", and episodes with a reward of at least
+    `min_reward` learnt (none: all). `when` "needed" measures the support of all teachers first,
+    learns only domains where it is not enough, and passes the parent on where there are none.
+    `adapt` lets the support measured choose the form of a "mopd" node's distillation.
     `config` are keys of the stage's own recipe, over those in `[base.KIND]`. With `each` it stands
     for one node a domain, NAME-DOMAIN, which other nodes name together: as teachers each teaches
     its domain, as `members` all are meant, and as the `parent` of such a node the one of the same
@@ -56,6 +58,7 @@ class NodeConfig:
     kind: Kind
     parent: str | None = None
     domains: tuple[str, ...] = ()
+    shares: dict[str, float] = field(default_factory=dict)
     teachers: dict[str, str] = field(default_factory=dict)
     default: str | None = None
     rollouts: int = 0
@@ -158,9 +161,14 @@ class RoundsConfig:
             yield from self._above(parent)
 
     def domains_of(self, name: str) -> tuple[DomainConfig, ...]:
-        """Return the domains that node `name` works on."""
-        chosen = self.nodes[name].domains or self.domain_names()
-        return tuple(domain for domain in self.domains if domain.name in chosen)
+        """Return the domains that node `name` works on, with their weights there."""
+        node = self.nodes[name]
+        chosen = node.domains or self.domain_names()
+        return tuple(
+            replace(domain, weight=node.shares.get(domain.name, domain.weight))
+            for domain in self.domains
+            if domain.name in chosen
+        )
 
     def teachers_of(self, name: str) -> dict[str, str]:
         """Return what teaches each domain of node `name`: a node, a checkpoint, remote or self."""
@@ -277,16 +285,18 @@ def _spread(nodes: Mapping[str, NodeConfig], domains: Sequence[str]) -> dict[str
                 domains=(domain,),
                 parent=own(node.parent, domain),
                 teachers={d: t for d, t in teachers.items() if d == domain},
+                shares={},  # of one there is nothing to share
             )
     return found
 
 
 # What each kind of node takes beside `config` and `once`.
+_LEARNS = ("parent", "domains", "shares", "teachers", "default", "rollouts", "min_reward")
 _FIELDS: Mapping[str, tuple[str, ...]] = {
-    "sft": ("parent", "domains", "teachers", "default", "rollouts", "min_reward"),
-    "warmup": ("parent", "domains", "teachers", "default", "rollouts", "min_reward", "when"),
-    "rl": ("parent", "domains"),
-    "mopd": ("parent", "domains", "teachers", "default", "adapt"),
+    "sft": _LEARNS,
+    "warmup": (*_LEARNS, "when"),
+    "rl": ("parent", "domains", "shares"),
+    "mopd": ("parent", "domains", "shares", "teachers", "default", "adapt"),
     "merge": ("members", "weights"),
 }
 
@@ -323,14 +333,21 @@ def _check_domains(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:
     """Raise ConfigError for domains and teachers of a node that do not go together."""
     where = f"nodes.{name}"
     domains = recipe.domain_names()
-    for domain in (*node.domains, *node.teachers):
+    for domain in (*node.domains, *node.shares, *node.teachers):
         if domain not in domains:
             raise ConfigError(
                 f"{where} names domain {domain!r}: those of [[domains]] are {', '.join(domains)}"
             )
-    for domain in node.teachers:
-        if node.domains and domain not in node.domains:
-            raise ConfigError(f"{where}.teachers names {domain!r}, which is not of its domains")
+    for key in ("shares", "teachers"):
+        for domain in getattr(node, key):
+            if node.domains and domain not in node.domains:
+                raise ConfigError(f"{where}.{key} names {domain!r}, which is not of its domains")
+    for domain, share in node.shares.items():
+        if not 0 < share < math.inf:
+            raise ConfigError(
+                f"{where}.shares gives {domain!r} {share:g}: a share is above 0; to leave it out, "
+                "say domains without it"
+            )
     if SOLUTIONS in recipe.teachers_of(name).values() and (
         node.kind == "mopd" or node.when == "needed"
     ):

@@ -141,7 +141,8 @@ def resolved(recipe: RoundsConfig, name: str, seed: int) -> dict[str, Any]:
     """
     node, stage = recipe.nodes[name], Stage(recipe=recipe, name=name, seed=seed)
     values: dict[str, Any] = {"node": to_dict(node), "seed": seed}
-    del values["node"]["config"], values["node"]["evaluate"]
+    for key in ("config", "evaluate", "shares"):  # shares are in the domains and sources below
+        del values["node"][key]
     if node.parent is None:
         values["start"] = recipe.checkpoint
     try:
@@ -181,7 +182,7 @@ def sft_config(
     """Return the recipe of fine-tuning, with `samples` of teachers by domain beside its data."""
     values = settings(stage.recipe, stage.name)
     data = dict(values.get("data", {}))
-    weights = {domain.name: domain.weight for domain in stage.recipe.domains}
+    weights = {domain.name: domain.weight for domain in stage.recipe.domains_of(stage.name)}
     data["sources"] = [
         *data.get("sources", ()),
         *(

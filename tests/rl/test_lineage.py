@@ -86,6 +86,16 @@ def test_every_node_comes_after_those_it_needs(data: st.DataObject) -> None:
             {"a": {"kind": "mopd", "domains": ["add"], "teachers": {"sort": "self"}}},
             "names 'sort', which is not of its domains",
         ),
+        ({"a": {"kind": "rl", "shares": {"mul": 2}}}, "domain 'mul'"),
+        ({"a": {"kind": "rl", "shares": {"add": 0}}}, "gives 'add' 0: a share is above 0"),
+        (
+            {"a": {"kind": "rl", "domains": ["add"], "shares": {"sort": 2}}},
+            "shares names 'sort', which is not of its domains",
+        ),
+        (
+            {"a": {"kind": "merge", "members": ["pico", "pico"], "shares": {"add": 2}}},
+            "shares means nothing",
+        ),
         ({"self": {"kind": "rl"}}, "none of 'self', 'start'"),
         ({"a/b": {"kind": "rl"}}, "a name has letters"),
         ({}, "say at least one stage"),

@@ -73,6 +73,20 @@ def test_settings_of_a_node_go_over_those_of_its_kind() -> None:
     assert [d.name for d in plain.domains] == ["add"] and plain.teachers is None
 
 
+def test_a_node_has_shares_of_its_own() -> None:
+    nodes = {name: {**node} for name, node in NODES.items()}
+    nodes["one"]["shares"] = nodes["rlvr"]["shares"] = {"add": 3.0}
+    nodes["imitation"] |= {"default": "adder", "shares": {"sort": 0.5}}
+    found = config(nodes)
+    one, learnt = (Stage(recipe=found, name=name, seed=0) for name in ("one", "imitation"))
+    drawn = rl_config(one, Path("o"), "pico", TeachersConfig())
+    assert {d.name: d.weight for d in drawn.domains} == {"add": 3.0, "sort": 1.0}
+    samples = {"add": Path("a"), "sort": Path("b")}
+    sources = sft_config(learnt, Path("o"), "pico", samples).data.sources
+    assert {s.name: s.weight for s in sources} == {"add": 1.0, "sort": 0.5}
+    assert digest_of(found, "rlvr", 0) != digest_of(config(), "rlvr", 0)
+
+
 def test_the_form_that_support_chose_is_taken() -> None:
     assert (
         rl_config(
