@@ -47,7 +47,7 @@ from aprium.train.losses import LossConfig
 from aprium.train.metrics import MetricsFile
 from aprium.train.optim import OptimConfig
 from aprium.train.pretrain import export, write_json, write_recipe
-from aprium.train.sft import open_model, read_text
+from aprium.train.sft import identity, open_model, read_text
 from aprium.train.trainer import Trainer, TrainerConfig
 
 log = get_logger("rl")
@@ -155,6 +155,7 @@ def run_config(config: RlConfig) -> Path | None:
             config=config.trainer,
             teacher=_load_teachers(config, path),
             recipe=recipe,
+            identity=identity(path, config.lora, model.mesh),
             before_step=adapter.begin if adapter is not None else None,
             more_figures=learner.figures,
         )

@@ -35,7 +35,7 @@ from aprium.train.batch import Batch
 from aprium.train.losses import LossConfig, Losses, Teacher, Whole, sum_balance
 from aprium.train.optim import OptimConfig
 from aprium.train.pretrain import export, write_json, write_recipe
-from aprium.train.sft import open_model, read_text
+from aprium.train.sft import identity, open_model, read_text
 from aprium.train.trainer import Trainer, TrainerConfig
 
 log = get_logger("train")
@@ -125,6 +125,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
         loss=LossConfig(bias_rate=0.0),
         config=config.trainer,
         recipe=recipe_text,
+        identity=identity(path, None, model.mesh),
         objective=Objective(config.steps, config.temperature, config.trainer.seed),
     )
     if not trainer.run():

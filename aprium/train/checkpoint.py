@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aprium.base.errors import CheckpointError
 from aprium.base.files import sync
-from aprium.parallel.collectives import any_true
+from aprium.parallel.collectives import any_true, gather_objects
 from aprium.parallel.mesh import Axis
 
 _MODEL, _OPTIMISER, _STATE = "model.safetensors", "optimiser.safetensors", "state.json"
@@ -84,6 +84,41 @@ def read_state(directory: Path, axis: Axis) -> dict[str, Any]:
     if any_true(bool(damaged), axis):
         raise ValueError(f"{damaged or 'a file that another process read'} is not what was written")
     return state
+
+
+def require_same(directory: Path, stored: Any, identity: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a checkpoint was made with another `identity` than this one.
+
+    Only what is `stored` is compared: checkpoints of earlier versions say less, or nothing.
+    """
+    now = json.loads(json.dumps(identity))  # as it is read back
+    found = [
+        f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(stored or {}, now)
+    ]
+    if found:
+        raise CheckpointError(
+            f"{directory} is of another run ({'; '.join(found)}): set that back, or begin in "
+            "another output"
+        )
+
+
+def differences(stored: Any, now: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """Return dotted keys of `stored` that are other ones `now`, with both values."""
+    if isinstance(stored, Mapping) and isinstance(now, Mapping):
+        return [
+            row
+            for key, value in stored.items()
+            for row in differences(value, now.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if stored == now else [(where, stored, now)]
+
+
+def digest_weights(directory: Path, axis: Axis) -> str:
+    """Return the digest of the weights in `directory`; processes of `axis` share the reading."""
+    files = sorted(directory.glob("*.safetensors"))[axis.index :: axis.size]
+    parts = gather_objects({file.name: digest(file) for file in files}, axis)
+    found = sorted(item for part in parts for item in part.items())
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=16).hexdigest()
 
 
 def replace_state(directory: Path, state: Mapping[str, Any]) -> None:

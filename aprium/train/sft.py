@@ -164,6 +164,7 @@ def _run(config: SftConfig, mesh: Mesh) -> Path | None:
         config=config.trainer,
         stability=config.stability,
         recipe=write_recipe(config, config.output) if mesh.leads else "",
+        identity=identity(path, config.lora, mesh),
         before_step=changed.begin if changed is not None else None,
     )
     before = _measure_before(trainer, heldout)
@@ -223,6 +224,12 @@ def open_model(
     model = HybridModel(shape, dtype=torch.float32, mesh=mesh)
     fill(model, dict(found.model.named_parameters()))
     return model
+
+
+def identity(path: Path, adapter: LoraConfig | None, mesh: Mesh) -> dict[str, Any]:
+    """Return what a run that starts from checkpoint `path` cannot change when it is continued."""
+    table = dataclasses.asdict(adapter) if adapter is not None else None
+    return {"lora": table, "digest of checkpoint": checkpoint.digest_weights(path, mesh.world)}
 
 
 def read_text(path: Path) -> Text:

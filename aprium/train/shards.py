@@ -42,7 +42,7 @@ from aprium.base.files import sync
 from aprium.model.model import HybridModel
 from aprium.parallel.collectives import barrier, gather_objects
 from aprium.parallel.mesh import Axis
-from aprium.train.checkpoint import digest, explained, read_state
+from aprium.train.checkpoint import digest, explained, read_state, require_same
 from aprium.train.optim import Muon
 from aprium.train.parallel import local, own_pieces
 
@@ -103,13 +103,16 @@ def _digests(partial: Path, world: Axis) -> dict[str, str]:
     return {name: value for found in gather_objects(mine, world) for name, value in found.items()}
 
 
-def read(directory: Path, model: HybridModel, optimisers: Optimisers) -> dict[str, Any]:
+def read(
+    directory: Path, model: HybridModel, optimisers: Optimisers, identity: Mapping[str, Any]
+) -> dict[str, Any]:
     """Read checkpoint `directory` into `model` and `optimisers`; return the state beside them.
 
-    Raises CheckpointError for a damaged file, or where model or optimisers are others.
+    Raises CheckpointError for a damaged file, or where model, optimisers or `identity` are others.
     """
     try:
         state = read_state(directory, model.mesh.world)
+        require_same(directory, state.get("identity"), identity)
         load(directory, model, optimisers)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
@@ -126,10 +129,15 @@ def load(directory: Path, model: HybridModel, optimisers: Optimisers | None = No
     SafetensorError when a file cannot be read.
     """
     shapes = _shapes(directory)
-    missing = {f"model/{name}" for name, _ in model.named_parameters()} - shapes.keys()
-    if missing:
+    wanted = {f"model/{name}" for name, _ in model.named_parameters()}
+    if missing := wanted - shapes.keys():
         raise CheckpointError(
             f"{directory} has no {min(missing).removeprefix('model/')}: it is of another model"
+        )
+    if more := {key for key in shapes if key.startswith("model/")} - wanted:
+        raise CheckpointError(
+            f"{directory} has {min(more).removeprefix('model/')}, which this model does not have: "
+            "it is of another model; begin in another output"
         )
     if optimisers is not None:
         _make_room(model, optimisers, shapes)

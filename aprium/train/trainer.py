@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
@@ -140,7 +140,8 @@ class Trainer:
 
     `teacher`, one or by domain, is what the model is held to where `loss.policy.distillation` is
     "full"; it is never changed.
-    `recipe` is shown on the page.
+    `recipe` is shown on the page. `identity` is what a run cannot change when it is continued, as
+    plain values by key; the model's shape always belongs to it.
     `before_step` is told the number of each step before it is computed.
     `objective` stands in the place of the usual loss. `more_figures` adds to those of a step that
     is written down.
@@ -159,6 +160,7 @@ class Trainer:
         teacher: Teacher | None = None,
         stability: StabilityConfig | None = None,
         recipe: str = "",
+        identity: Mapping[str, Any] | None = None,
         before_step: Callable[[int], None] | None = None,
         objective: Objective = compute_losses,
         more_figures: Callable[[], Mapping[str, Any]] | None = None,
@@ -189,6 +191,7 @@ class Trainer:
         self.stability = stability or StabilityConfig()
         self.spikes = Spikes(self.stability)
         self.recipe = recipe
+        self.identity = {"model": asdict(model.config), **(identity or {})}
         self._stop = self._stopped = False
         self._heldout: dict[str, Any] | None = None  # the last evaluation
         self._sinks: list[Sink] = []
@@ -447,6 +450,7 @@ class Trainer:
             "source": self.source.state_dict(),
             "progress": vars(self.progress),
             "spikes": spikes,
+            "identity": self.identity,
         }
 
     def resume(self) -> None:
@@ -456,7 +460,7 @@ class Trainer:
         """
         found = checkpoint.complete(self.output)
         if found:
-            state = shards.read(found[-1], self.model, self.optimisers)
+            state = shards.read(found[-1], self.model, self.optimisers, self.identity)
             try:
                 self.source.load_state_dict(state["source"])
                 self.progress = _Progress(**state["progress"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,26 @@ def test_adapters_with_dropout_over_a_quantised_base_resume(
     assert wanted and found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_run_goes_on_with_its_own_adapter_and_base_alone(recipe: Path) -> None:
+    settings = {"lora.r": 4, "lora.targets": ["attention_qkv", "mlp"], "trainer.steps": 1}
+    run(recipe, settings)
+    other = recipe.parent / "other"
+    write_tokenizer(other)
+    write_generation_config(other)
+    save_checkpoint(random_model(SHAPE, 1), other, dtype=torch.bfloat16)
+    more = settings | {"trainer.steps": 2}
+    for changed, message in (
+        (more | {"lora.targets": ["mlp"]}, r"lora\.targets: \['attention_qkv', 'mlp'\] then"),
+        (more | {"lora.alpha": 99.0}, r"lora\.alpha: 32\.0 then, 99\.0 now"),
+        ({"trainer.steps": 2}, r"lora: \{'r': 4, .* then, None now"),
+        (more | {"checkpoint": str(other)}, "digest of checkpoint: .* begin in another output"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run(recipe, changed)
+    shutil.copytree(recipe.parent / "start", recipe.parent / "moved")
+    assert run(recipe, more | {"checkpoint": str(recipe.parent / "moved")}) is not None
 
 
 def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
