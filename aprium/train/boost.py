@@ -34,9 +34,9 @@ from aprium.parallel.mesh import require_one_process
 from aprium.train.batch import Batch
 from aprium.train.losses import LossConfig, Losses, Teacher, Whole, sum_balance
 from aprium.train.optim import OptimConfig
-from aprium.train.pretrain import export, write_json, write_recipe
+from aprium.train.pretrain import export, recipe_text, write_json
 from aprium.train.sft import identity, open_model, read_text
-from aprium.train.trainer import Trainer, TrainerConfig
+from aprium.train.trainer import Trainer, TrainerConfig, make_output
 
 log = get_logger("train")
 _BATCH = 32  # sequences that the model writes at a time
@@ -101,7 +101,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     model = open_model(path, text)
     if not model.config.num_mtp_layers:
         raise CheckpointError(f"{path} has no prediction head: there is nothing to boost")
-    recipe_text = write_recipe(config, config.output)
+    make_output(config.output)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for name, parameter in model.named_parameters():
         # The selection bias of the head's router is not trained by gradients, here as elsewhere.
@@ -124,7 +124,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
         optim=dataclasses.replace(config.optim, muon_lr=None),
         loss=LossConfig(bias_rate=0.0),
         config=config.trainer,
-        recipe=recipe_text,
+        recipe=recipe_text(config),
         identity=identity(path, None, model.mesh),
         objective=Objective(config.steps, config.temperature, config.trainer.seed),
     )

@@ -113,6 +113,15 @@ def differences(stored: Any, now: Any, where: str = "") -> list[tuple[str, Any, 
     return [] if stored == now else [(where, stored, now)]
 
 
+def changed_keys(file: Path, recipe: str) -> list[str]:
+    """Return the dotted keys of a run's `recipe` that are others in `file`; none without one."""
+    try:
+        old, new = json.loads(file.read_text(encoding="utf-8")), json.loads(recipe)
+    except (OSError, ValueError):
+        return []
+    return sorted({key for key, _, _ in differences(old, new) + differences(new, old)})
+
+
 def digest_weights(directory: Path, axis: Axis) -> str:
     """Return the digest of the weights in `directory`; processes of `axis` share the reading."""
     files = sorted(directory.glob("*.safetensors"))[axis.index :: axis.size]

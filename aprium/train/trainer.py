@@ -140,7 +140,8 @@ class Trainer:
 
     `teacher`, one or by domain, is what the model is held to where `loss.policy.distillation` is
     "full"; it is never changed.
-    `recipe` is shown on the page. `identity` is what a run cannot change when it is continued, as
+    `recipe`, as JSON, is shown on the page and written to `recipe.json` unless it is refused or
+    there is nothing left to train. `identity` is what a run cannot change when it is continued, as
     plain values by key; the model's shape always belongs to it.
     `before_step` is told the number of each step before it is computed.
     `objective` stands in the place of the usual loss. `more_figures` adds to those of a step that
@@ -196,10 +197,7 @@ class Trainer:
         self._heldout: dict[str, Any] | None = None  # the last evaluation
         self._sinks: list[Sink] = []
         model.compute_dtype = getattr(torch, config.dtype)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output {output} cannot be made: {error.strerror}") from error
+        make_output(output)
 
     @property
     def last_step(self) -> int:
@@ -226,6 +224,8 @@ class Trainer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.resume()
+        if self.mesh.leads:
+            self._write_recipe()
         self._open_sinks()
         if self.stability.action != "stop":
             self.save()  # there must be something to go back to
@@ -240,6 +240,18 @@ class Trainer:
         if self.progress.step >= self.last_step or not self.spikes.num_above:
             self.save()
         return not self._stopped
+
+    def _write_recipe(self) -> None:
+        """Write the recipe, unless it has nothing left to train; say what is other than it was."""
+        file, step, last = self.output / "recipe.json", self.progress.step, self.last_step
+        keys = checkpoint.changed_keys(file, self.recipe) if step and self.recipe else []
+        others = f"; other than in {file}: {', '.join(keys)}" if keys else ""
+        if step and step >= last:
+            log.warning("already at step %d of %d: nothing to train%s", step, last, others)
+        elif others:
+            log.warning("continued%s", others)
+        if self.recipe and (step < last or not file.exists()):
+            file.write_text(self.recipe, encoding="utf-8")
 
     def _open_sinks(self) -> None:
         if self.mesh.leads:
@@ -484,6 +496,14 @@ class Trainer:
             for sink in self._sinks:
                 sink(figures["step"], flat)
         self.metrics.append(kind, figures)
+
+
+def make_output(output: Path) -> None:
+    """Make the directory that a run writes to; raises ConfigError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output {output} cannot be made: {error.strerror}") from error
 
 
 def _parts(samples: Sequence[Sample], budget: int | None) -> Iterator[list[Sample]]:
