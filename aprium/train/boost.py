@@ -102,6 +102,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     """
     require_one_process("aprium boost-mtp")
     config = load_toml(BoostConfig, recipe, overrides)
+    config.trainer.use_threads()
     path = resolve(config.checkpoint)
     text = read_text(path)
     model = open_model(path, text)

@@ -52,6 +52,7 @@ from aprium.train.report import TrainingProgress, write_page
 from aprium.train.sinks import Sink, flatten, open_sinks
 
 log = get_logger("train")
+_MOST_THREADS = 1024
 _EVALUATED_TOKENS = 1 << 14  # at a time, unless trainer.micro_tokens says how many
 
 
@@ -123,6 +124,16 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{name} is {value}: it must be positive")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise ConfigError(
+                f"trainer.threads is {self.threads}: it must be at most {_MOST_THREADS}; leave it "
+                "out for PyTorch's own choice"
+            )
+
+    def use_threads(self) -> None:
+        """Let PyTorch and the native kernels compute with `threads`; before either has begun to."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
 
 
 @dataclass
@@ -197,6 +208,7 @@ class Trainer:
         self._heldout: dict[str, Any] | None = None  # the last evaluation
         self._sinks: list[Sink] = []
         model.compute_dtype = getattr(torch, config.dtype)
+        config.use_threads()
         make_output(output)
 
     @property
@@ -221,8 +233,6 @@ class Trainer:
             ) from error
 
     def _run(self) -> bool:
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
         self.resume()
         if self.mesh.leads:
             self._write_recipe()

@@ -105,6 +105,24 @@ def test_heldout_loss_falls_and_the_result_opens(recipe: Path) -> None:
     assert (directory / "chat_template.jinja").exists()
 
 
+def test_threads_are_set_before_anything_is_evaluated(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, before = list[int](), torch.get_num_threads()
+    evaluate = Trainer.evaluate
+
+    def note(self: Trainer) -> dict[str, Any]:
+        used.append(torch.get_num_threads())
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", note)
+    try:
+        run(recipe, {"trainer.threads": before + 1, "trainer.steps": 1})
+    finally:
+        torch.set_num_threads(before)
+    assert used and set(used) == {before + 1}
+
+
 def test_two_lengths_never_meet_in_a_step(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with recipe.open("a") as file:
         file.write(ALTERNATE.format(recipe.parent))
@@ -213,6 +231,7 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
     [
         ({"lora.r": 8, "optimizer": "muon"}, ConfigError, "with adamw"),
         ({"lora.r": 8, "precision.recipe": "nvfp4"}, ConfigError, "leave one out"),
+        ({"trainer.threads": 100_000}, ConfigError, "at most 1024"),
         ({"tokens_per_step": 100}, ConfigError, "at least data.max_length, 200"),
         ({"alternate.share": 1.0}, ConfigError, "must lie between 0 and 1"),
         ({"alternate.data.max_length": 999}, ConfigError, "at least alternate.data.max_length"),
