@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aprium.base.config import load_toml
+from aprium.base.config import load_toml, require_finite
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Request, Sample, SamplingParams
@@ -70,6 +70,7 @@ class BoostConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        require_finite(self)
         ranges = (
             *(("steps", 1, 16), ("max_tokens", 1, None)),
             *(("rollouts", 0, None), ("probes", 0, None)),

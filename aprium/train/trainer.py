@@ -205,6 +205,7 @@ class Trainer:
         self.recipe = recipe
         self.identity = {"model": asdict(model.config), **(identity or {})}
         self._stop = self._stopped = False
+        self._returned_to: int | None = None  # the step of the last rollback's checkpoint
         self._heldout: dict[str, Any] | None = None  # the last evaluation
         self._sinks: list[Sink] = []
         model.compute_dtype = getattr(torch, config.dtype)
@@ -226,6 +227,11 @@ class Trainer:
         """
         try:
             return self._run()
+        except DivergenceError as error:
+            raise CheckpointError(
+                f"step {self.progress.step}: {error}: nothing is written of it; resume from the "
+                "last checkpoint with a lower learning rate"
+            ) from error
         except OSError as error:
             raise CheckpointError(
                 f"{self.output} cannot be written or read ({error}): checkpoints are whole; make "
@@ -237,7 +243,7 @@ class Trainer:
         if self.mesh.leads:
             self._write_recipe()
         self._open_sinks()
-        if self.stability.action != "stop":
+        if self.stability.action != "stop" and not checkpoint.complete(self.output):
             self.save()  # there must be something to go back to
         handlers = {s: signal.signal(s, self._request_stop) for s in _stop_signals()}
         try:
@@ -284,6 +290,9 @@ class Trainer:
             figures = self.train_step(self.source.next_batch(), monitor=due)
             if figures["loss"]:  # the policy's loss is about 0, and says nothing of this
                 self.spikes.see(figures["loss"])
+            last = progress.step == self.last_step
+            if last or progress.step % config.checkpoint_every == 0:
+                self._require_finite()
         except DivergenceError as cause:
             self._recover(cause)
             return
@@ -309,7 +318,7 @@ class Trainer:
         write_page(train, heldout, self.recipe, self.output, accuracy)
 
     def _recover(self, cause: DivergenceError) -> None:
-        """Go back to the last checkpoint, and on with the data after those that diverged."""
+        """Go back to a checkpoint, and on with the data after those that diverged."""
         stability, begun = self.stability, self.progress.step
         if stability.action == "stop":
             raise CheckpointError(
@@ -323,7 +332,9 @@ class Trainer:
             )
         position = self.source.state_dict()
         rollbacks = self.progress.rollbacks + 1
+        self._drop_bad(begun)
         self.resume()
+        self._returned_to = self.progress.step
         self.source.load_state_dict(position)
         self.progress.rollbacks = rollbacks
         if stability.action == "anneal" and self.progress.decay_from is None:
@@ -336,6 +347,24 @@ class Trainer:
         event = {"step": self.progress.step, "from_step": begun, "cause": str(cause)}
         self._write_metrics("rollback", event)
         log.warning("step %d: %s; back to step %d", begun, cause, self.progress.step)
+
+    def _drop_bad(self, step: int) -> None:
+        """Remove the last checkpoint if the run came back to it, and at `step` diverges again."""
+        kept, back = checkpoint.complete(self.output), self._returned_to
+        if back is None or len(kept) < 2 or kept[-1].name != f"step-{back:06d}":
+            return
+        if step - back <= self.stability.patience:
+            barrier(self.mesh.world)  # until all have looked
+            if self.mesh.leads:
+                shutil.rmtree(kept[-1])
+                log.warning("%s diverges again at once, and is removed", kept[-1])
+            barrier(self.mesh.world)
+
+    def _require_finite(self) -> None:
+        """Raise DivergenceError where the last update left a weight that is not finite."""
+        where = first_not_finite(self.model)
+        if any_true(bool(where), self.mesh.world):
+            raise DivergenceError(f"{where or 'a weight of another process'} is not finite")
 
     def train_step(self, samples: Sequence[Sample], *, monitor: bool = True) -> dict[str, Any]:
         """Take one optimisation step; return its figures, with `monitor` those by layer and role.
@@ -448,7 +477,11 @@ class Trainer:
         return collate(share_samples(samples, self.mesh.dp), least)
 
     def save(self) -> Path:
-        """Write checkpoint `step-N` and drop the oldest beyond those kept."""
+        """Write checkpoint `step-N` and drop the oldest beyond those kept.
+
+        Raises DivergenceError where a weight is not finite.
+        """
+        self._require_finite()
         if self.mesh.leads:
             self.metrics.flush()
         if self.mesh.world.size > 1:

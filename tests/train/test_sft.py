@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,11 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
         ({"lora.r": 8, "optimizer": "muon"}, ConfigError, "with adamw"),
         ({"lora.r": 8, "precision.recipe": "nvfp4"}, ConfigError, "leave one out"),
         ({"trainer.threads": 100_000}, ConfigError, "at most 1024"),
+        ({"optim.lr": math.inf}, ConfigError, r"optim\.lr is inf: it must be a finite number"),
+        ({"loss.mtp_weight": math.nan}, ConfigError, r"loss\.mtp_weight is nan"),
+        ({"loss.policy.eps_high": math.nan}, ConfigError, r"loss\.policy\.eps_high is nan"),
+        ({"stability.spike_ratio": math.inf}, ConfigError, r"stability\.spike_ratio is inf"),
+        ({"lora.alpha": math.inf}, ConfigError, r"lora\.alpha is inf"),
         ({"tokens_per_step": 100}, ConfigError, "at least data.max_length, 200"),
         ({"alternate.share": 1.0}, ConfigError, "must lie between 0 and 1"),
         ({"alternate.data.max_length": 999}, ConfigError, "at least alternate.data.max_length"),

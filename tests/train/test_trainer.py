@@ -22,7 +22,7 @@ from aprium.model.model import HybridModel
 from aprium.model.presets import PRESETS
 from aprium.train import checkpoint
 from aprium.train.losses import LossConfig
-from aprium.train.monitor import StabilityConfig
+from aprium.train.monitor import DivergenceError, StabilityConfig
 from aprium.train.optim import OptimConfig, build_optimisers
 from aprium.train.policy_loss import PolicyLossConfig
 from aprium.train.trainer import Trainer, TrainerConfig
@@ -347,6 +347,54 @@ def test_no_more_rollbacks_than_allowed(tmp_path: Path) -> None:
     limit = StabilityConfig(action="rollback", max_rollbacks=2)
     with pytest.raises(CheckpointError, match="after 2 rollbacks"):
         make(tmp_path, 12, Hopeless(), stability=limit).run()
+
+
+def test_a_weight_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    def spoil(trainer: Trainer, at: int) -> None:
+        step = trainer.train_step
+
+        def spoiled(samples: Sequence[Sample], *, monitor: bool = True) -> dict[str, Any]:
+            found = step(samples, monitor=monitor)
+            if trainer.source.state_dict()["index"] == at:  # once: the data go on after a rollback
+                with torch.no_grad():
+                    trainer.model.lm_head.weight[0, 0] = float("inf")
+            return found
+
+        trainer.train_step = spoiled  # type: ignore[method-assign]
+
+    wanted = r"step 4: the weight of lm_head\.weight is not finite"
+    trainer = make(tmp_path / "last", 4)
+    spoil(trainer, 4)
+    with pytest.raises(CheckpointError, match=wanted):
+        trainer.run()
+    stopped = make(tmp_path / "stopped", 8, Copies(interrupt_at=1))
+    spoil(stopped, 2)
+    with pytest.raises(CheckpointError, match="nothing is written of it"):
+        stopped.run()
+    for name in ("last", "stopped"):
+        assert checkpoint.complete(tmp_path / name) == []
+    back = make(tmp_path / "back", 8, stability=StabilityConfig(action="rollback"))
+    spoil(back, 8)
+    assert back.run() and back.progress.rollbacks == 1
+    (event,) = back.metrics.read("rollback")
+    assert (event["step"], event["from_step"]) == (4, 8)
+
+
+def test_a_checkpoint_that_diverges_at_once_again_gives_way_to_the_one_before(
+    tmp_path: Path,
+) -> None:
+    trainer = make(tmp_path, 12, stability=StabilityConfig(action="rollback"))
+    step = trainer.train_step
+
+    def doomed(samples: Sequence[Sample], *, monitor: bool = True) -> dict[str, Any]:
+        if trainer.progress.step == 8 and trainer.source.state_dict()["index"] < 12:
+            raise DivergenceError("spoiled")
+        return step(samples, monitor=monitor)
+
+    trainer.train_step = doomed  # type: ignore[method-assign]
+    assert trainer.run()
+    assert [event["step"] for event in trainer.metrics.read("rollback")] == [4]
+    assert trainer.progress.rollbacks == 2 and trainer.progress.step == 12
 
 
 def test_parts_of_a_step_and_recomputed_layers_give_its_gradients(tmp_path: Path) -> None:
