@@ -84,7 +84,8 @@ class Spikes:
         ratio, window = self.config.spike_ratio, self.config.window
         if ratio is None:
             return
-        usual = statistics.median(self.recent) if len(self.recent) >= window // 2 else math.inf
+        enough = len(self.recent) >= max(1, window // 2)
+        usual = statistics.median(self.recent) if enough else math.inf
         if loss > ratio * usual:  # not among what is usual
             self.num_above += 1
             if self.num_above >= self.config.patience:
