@@ -66,6 +66,12 @@ def require_finite(config: Any, where: str = "", *, infinite: tuple[str, ...] = 
                 raise ConfigError(f"{name} is {value}: it must be a finite number")
 
 
+def require_seed(value: int, where: str) -> None:
+    """Raise ConfigError for a seed that PyTorch's generators do not take."""
+    if not -(2**63) <= value < 2**64:
+        raise ConfigError(f"{where} is {value}: it must lie in -2**63..2**64-1")
+
+
 def load_toml(cls: type[T], path: str | Path, overrides: Mapping[str, Any] | None = None) -> T:
     """Read TOML file `path` into dataclass `cls`.
 

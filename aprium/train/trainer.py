@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from aprium.base.config import require_seed
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Sample
@@ -120,6 +121,7 @@ class TrainerConfig:
         for name in ("steps", "eval_every", "checkpoint_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}: it must be positive")
+        require_seed(self.seed, "trainer.seed")
         for name in ("micro_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -238,6 +238,8 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
         ({"loss.policy.eps_high": math.nan}, ConfigError, r"loss\.policy\.eps_high is nan"),
         ({"stability.spike_ratio": math.inf}, ConfigError, r"stability\.spike_ratio is inf"),
         ({"lora.alpha": math.inf}, ConfigError, r"lora\.alpha is inf"),
+        ({"trainer.seed": 2**70}, ConfigError, r"trainer\.seed is 1180591620717411303424"),
+        ({"lora.seed": 2**64}, ConfigError, r"lora\.seed is 18446744073709551616"),
         ({"tokens_per_step": 100}, ConfigError, "at least data.max_length, 200"),
         ({"alternate.share": 1.0}, ConfigError, "must lie between 0 and 1"),
         ({"alternate.data.max_length": 999}, ConfigError, "at least alternate.data.max_length"),
