@@ -6,7 +6,6 @@ processes on any mesh: tensors are addressed as blocks of the whole, and every p
 blocks it needs. Keys are "model/NAME" and "optimiser/NAME/LEAF".
 """
 
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -42,7 +41,14 @@ from aprium.base.files import sync
 from aprium.model.model import HybridModel
 from aprium.parallel.collectives import barrier, gather_objects
 from aprium.parallel.mesh import Axis
-from aprium.train.checkpoint import digest, explained, read_state, require_same
+from aprium.train.checkpoint import (
+    complete,
+    digest,
+    explained,
+    read_state,
+    require_same,
+    write_state,
+)
 from aprium.train.optim import Muon
 from aprium.train.parallel import local, own_pieces
 
@@ -85,8 +91,7 @@ def write(
             raise OSError(_causes(error)) from error
         digests = _digests(partial, world)
         if model.mesh.leads:
-            text = json.dumps({**state, "digests": digests})
-            (partial / "state.json").write_text(text, encoding="utf-8")
+            write_state(partial / "state.json", state, digests)
             for path in (partial / "state.json", partial / _SHARDS, partial):
                 sync(path)
             partial.rename(final)
@@ -115,9 +120,10 @@ def read(
         require_same(directory, state.get("identity"), identity)
         load(directory, model, optimisers)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        before = [path for path in complete(directory.parent) if path != directory][-1:]
+        remedy = f"resume from {before[0]}" if before else "begin again: there is no earlier one"
         raise CheckpointError(
-            f"checkpoint {directory} cannot be read ({error}): delete it to resume from the one "
-            "before"
+            f"checkpoint {directory} cannot be read ({error}): delete it to {remedy}"
         ) from error
     return state
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -170,6 +171,24 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="step-000004"):
         make(tmp_path, 8).run()
+
+
+def test_a_changed_state_is_noticed_and_the_checkpoint_before_named(tmp_path: Path) -> None:
+    make(tmp_path, 8).run()
+    file = tmp_path / "step-000008" / "state.json"
+    written = json.loads(file.read_text())
+    no_digest = {key: value for key, value in written.items() if key != "digest"}
+    for state in ({**written, "source": {"index": 3}}, {**no_digest, "digests": []}, []):
+        file.write_text(json.dumps(state))
+        with pytest.raises(CheckpointError, match=r"step-000008 .*json is not what") as error:
+            make(tmp_path, 9).run()
+        assert f"delete it to resume from {tmp_path / 'step-000004'}" in str(error.value)
+    file.write_text(json.dumps(no_digest))  # as earlier versions wrote it
+    make(tmp_path, 9).run()
+    (tmp_path / "step-000009" / "state.json").unlink()
+    shutil.rmtree(tmp_path / "step-000008")
+    with pytest.raises(CheckpointError, match="delete it to begin again"):
+        make(tmp_path, 10).run()
 
 
 def test_changed_byte_is_noticed(tmp_path: Path) -> None:
