@@ -244,6 +244,7 @@ class Trainer:
         self.resume()
         if self.mesh.leads:
             self._write_recipe()
+            self._check_warmup()
         self._open_sinks()
         if self.stability.action != "stop" and not checkpoint.complete(self.output):
             self.save()  # there must be something to go back to
@@ -270,6 +271,16 @@ class Trainer:
             log.warning("continued%s", others)
         if self.recipe and (step < last or not file.exists()):
             file.write_text(self.recipe, encoding="utf-8")
+
+    def _check_warmup(self) -> None:
+        """Say when the learning rates never reach their peaks."""
+        steps, warmup = self.config.steps, self.optim.warmup_steps
+        if warmup > steps:
+            log.warning(
+                "optim.warmup_steps is %d and trainer.steps %d: the learning rates end at %.0f %% "
+                "of their peaks; set optim.warmup_steps lower for all of them",
+                *(warmup, steps, 100 * steps / warmup),
+            )
 
     def _open_sinks(self) -> None:
         if self.mesh.leads:

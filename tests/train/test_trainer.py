@@ -1,6 +1,7 @@
 """The loop: it learns, it resumes bit for bit after a kill, it refuses damaged checkpoints."""
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -472,6 +473,17 @@ def test_the_step_of_the_selection_bias_falls_with_the_learning_rates(tmp_path: 
     assert factors[0] < 1 and moved[:3] == pytest.approx([0.01] * 3)  # while they are rising
     assert moved[3:] == pytest.approx([0.01 * factor for factor in factors[3:]], rel=1e-3)
     assert moved[-1] < 0.005
+
+
+@pytest.mark.parametrize(("steps", "told"), [(2, "end at 67 % of their peaks"), (3, "")])
+def test_a_warmup_longer_than_the_run_is_told(
+    tmp_path: Path, steps: int, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("aprium").propagate = True
+    trainer = make(tmp_path, steps)
+    trainer.heldout = []
+    trainer.run()
+    assert told in caplog.text and bool(told) == ("warmup_steps" in caplog.text)
 
 
 def test_page_shows_curves_by_role_and_layer(tmp_path: Path) -> None:
