@@ -6,6 +6,7 @@ stated twice; an unknown key is an error that names the known ones.
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -48,6 +49,27 @@ def to_dict(config: Any) -> dict[str, Any]:
     Fields that are None are left out, since TOML has no null.
     """
     return _plain(config)
+
+
+def require_finite(config: Any, where: str = "", *, infinite: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError for a float of dataclass `config` that is NaN or infinite.
+
+    Fields named in `infinite` may be inf. `where` is the dotted path of the table.
+    """
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, float) or math.isfinite(number):
+                continue
+            if number != math.inf or f.name not in infinite:
+                name = f"{where}.{f.name}" if where else f.name
+                raise ConfigError(f"{name} is {value}: it must be a finite number")
+
+
+def require_seed(value: int, where: str) -> None:
+    """Raise ConfigError for a seed that PyTorch's generators do not take."""
+    if not -(2**63) <= value < 2**64:
+        raise ConfigError(f"{where} is {value}: it must lie in -2**63..2**64-1")
 
 
 def load_toml(cls: type[T], path: str | Path, overrides: Mapping[str, Any] | None = None) -> T:

@@ -46,8 +46,8 @@ from aprium.train.lora import LoraConfig
 from aprium.train.losses import LossConfig
 from aprium.train.metrics import MetricsFile
 from aprium.train.optim import OptimConfig
-from aprium.train.pretrain import export, write_json, write_recipe
-from aprium.train.sft import open_model, read_text
+from aprium.train.pretrain import export, recipe_text, write_json
+from aprium.train.sft import identity, open_model, read_text
 from aprium.train.trainer import Trainer, TrainerConfig
 
 log = get_logger("rl")
@@ -141,7 +141,6 @@ def run_config(config: RlConfig) -> Path | None:
     text = read_text(path)
     model = open_model(path, text, context=config.rollout.episode_tokens, frozen=bool(config.lora))
     adapter = lora.attach(model, config.lora) if config.lora is not None else None
-    recipe = write_recipe(config, config.output)
     learner = Learner(config, engine, Weights(model, adapter), path)
     optim = config.optim if config.optimizer == "muon" else replace(config.optim, muon_lr=None)
     try:
@@ -154,7 +153,8 @@ def run_config(config: RlConfig) -> Path | None:
             loss=config.loss,
             config=config.trainer,
             teacher=_load_teachers(config, path),
-            recipe=recipe,
+            recipe=recipe_text(config),
+            identity=identity(path, config.lora, model.mesh),
             before_step=adapter.begin if adapter is not None else None,
             more_figures=learner.figures,
         )

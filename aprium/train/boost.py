@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aprium.base.config import load_toml
+from aprium.base.config import load_toml, require_finite
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Request, Sample, SamplingParams
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.load import load_checkpoint
 from aprium.data.loader import Loader, Repeated
-from aprium.data.sources import DataConfig, Mixture, heldout_samples
+from aprium.data.sources import DataConfig, Mixture, Text, heldout_samples
 from aprium.engine.config import EngineConfig
 from aprium.engine.engine import Engine
 from aprium.engine.speculative import SpeculativeConfig
@@ -34,9 +34,9 @@ from aprium.parallel.mesh import require_one_process
 from aprium.train.batch import Batch
 from aprium.train.losses import LossConfig, Losses, Teacher, Whole, sum_balance
 from aprium.train.optim import OptimConfig
-from aprium.train.pretrain import export, write_json, write_recipe
-from aprium.train.sft import open_model, read_text
-from aprium.train.trainer import Trainer, TrainerConfig
+from aprium.train.pretrain import export, recipe_text, write_json
+from aprium.train.sft import identity, open_model, read_text
+from aprium.train.trainer import Trainer, TrainerConfig, make_output
 
 log = get_logger("train")
 _BATCH = 32  # sequences that the model writes at a time
@@ -50,7 +50,8 @@ class BoostConfig:
     `temperature` that of both distributions. Prompts are what comes before the first learnt token
     of samples drawn from `data`; the model continues `rollouts` of them at temperature 1 by at
     most `max_tokens`, and what it wrote is learnt. With 0 rollouts the samples are learnt as they
-    are. `probes` held-out prompts measure the acceptance of drafts before and after.
+    are. `probes` held-out prompts measure the acceptance of drafts before and after; where nothing
+    is held out it is not measured. AdamW trains the head, so `optim.muon_lr` is refused.
     """
 
     output: Path
@@ -69,6 +70,7 @@ class BoostConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        require_finite(self)
         ranges = (
             *(("steps", 1, 16), ("max_tokens", 1, None)),
             *(("rollouts", 0, None), ("probes", 0, None)),
@@ -80,6 +82,11 @@ class BoostConfig:
                 raise ConfigError(f"{name} is {value}: it must be {bound}")
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}: it must be positive")
+        if self.optim.muon_lr not in (None, OptimConfig.muon_lr):
+            raise ConfigError(
+                f"optim.muon_lr is {self.optim.muon_lr}: the head is trained with adamw, which has "
+                "no use for it; leave it out, and set optim.lr"
+            )
         longest = self.data.max_length + (self.max_tokens if self.rollouts else 0)
         if self.tokens_per_step < longest:
             raise ConfigError(
@@ -96,17 +103,19 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     """
     require_one_process("aprium boost-mtp")
     config = load_toml(BoostConfig, recipe, overrides)
+    config.trainer.use_threads()
     path = resolve(config.checkpoint)
     text = read_text(path)
     model = open_model(path, text)
     if not model.config.num_mtp_layers:
         raise CheckpointError(f"{path} has no prediction head: there is nothing to boost")
-    recipe_text = write_recipe(config, config.output)
+    make_output(config.output)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for name, parameter in model.named_parameters():
         # The selection bias of the head's router is not trained by gradients, here as elsewhere.
         trained = name.startswith("mtp.") and not name.endswith("e_score_correction_bias")
         parameter.requires_grad_(trained)
+    probes = _probes(config, text)
     source = Loader(config.data, text, tokens_per_batch=config.tokens_per_step)
     if config.rollouts:
         mixture = Mixture(config.data, text)
@@ -124,7 +133,8 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
         optim=dataclasses.replace(config.optim, muon_lr=None),
         loss=LossConfig(bias_rate=0.0),
         config=config.trainer,
-        recipe=recipe_text,
+        recipe=recipe_text(config),
+        identity=identity(path, None, model.mesh),
         objective=Objective(config.steps, config.temperature, config.trainer.seed),
     )
     if not trainer.run():
@@ -133,8 +143,7 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path 
     for parameter in trainable:
         parameter.requires_grad_(True)  # an export leaves what is not trained in its own dtype
     directory = export(model, path, config.output / "model")
-    if config.probes:
-        probes = [_prompt(s) for s in heldout_samples(config.data, text)][: config.probes]
+    if probes:
         measured = {
             "before": measure(path, probes, config.steps, config.max_tokens),
             "after": measure(directory, probes, config.steps, config.max_tokens),
@@ -221,6 +230,18 @@ class Objective:
             parts.append((divergence * weights).sum() / norm * self._temperature**2)
             made.append(ahead.roll(1, 0))
         return parts, routing
+
+
+def _probes(config: BoostConfig, text: Text) -> list[tuple[int, ...]]:
+    """Return the prompts that measure acceptance; none where nothing is held out, which is told."""
+    samples = heldout_samples(config.data, text) if config.probes else []
+    if config.probes and not samples:
+        log.warning(
+            "probes is %d and no source of data holds anything out: the acceptance of drafts will "
+            "not be measured",
+            config.probes,
+        )
+    return [_prompt(sample) for sample in samples][: config.probes]
 
 
 def _prompt(sample: Sample) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aprium.base.config import require_finite, require_seed
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.checkpoint.names import Naming, matrices, matrix_role, parameter_of, tensors_of
 from aprium.checkpoint.safetensors import DTYPE_NAMES, Entry, MappedFile, read_header, write_file
@@ -69,6 +70,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        require_finite(self, "lora")
+        require_seed(self.seed, "lora.seed")
         if self.r < 1:
             raise ConfigError(f"lora.r is {self.r}: it must be positive")
         if self.alpha <= 0:

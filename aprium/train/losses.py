@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from aprium.base.config import require_finite
 from aprium.base.errors import ConfigError, DataError
 from aprium.model.layout import Layout
 from aprium.model.model import HybridModel, Routing
@@ -61,6 +62,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        require_finite(self, "loss")
         if self.mtp_depths < 1:
             raise ConfigError(
                 f"loss.mtp_depths is {self.mtp_depths}: it must be positive; to train no "

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aprium.base.config import require_finite
 from aprium.base.errors import ConfigError
 from aprium.model.model import Block, Gate, HybridModel, MoE, Routing
 from aprium.parallel.collectives import total
@@ -45,9 +46,9 @@ class StabilityConfig:
 
     A loss or gradient that is not finite always does; so does, with `spike_ratio`, a cross-entropy
     above that many times the median of the last `window` steps for `patience` steps in a row.
-    "stop" raises; "rollback" goes back to the last checkpoint and on with the data that follow;
-    "anneal" does so and starts the decay of the learning rate there. After `max_rollbacks` the run
-    stops.
+    "stop" raises; "rollback" goes back to the last checkpoint and on with the data that follow, and
+    to the one before it where that diverges again within `patience` steps; "anneal" does so and
+    starts the decay of the learning rate there. After `max_rollbacks` the run stops.
     """
 
     spike_ratio: float | None = None
@@ -58,6 +59,7 @@ class StabilityConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        require_finite(self, "stability")
         if self.spike_ratio is not None and self.spike_ratio <= 1:
             raise ConfigError(f"stability.spike_ratio is {self.spike_ratio}: it must be above 1")
         for name in ("patience", "window", "max_rollbacks"):
@@ -82,7 +84,8 @@ class Spikes:
         ratio, window = self.config.spike_ratio, self.config.window
         if ratio is None:
             return
-        usual = statistics.median(self.recent) if len(self.recent) >= window // 2 else math.inf
+        enough = len(self.recent) >= max(1, window // 2)
+        usual = statistics.median(self.recent) if enough else math.inf
         if loss > ratio * usual:  # not among what is usual
             self.num_above += 1
             if self.num_above >= self.config.patience:
@@ -113,9 +116,10 @@ def gradient_norms(model: HybridModel) -> dict[str, float]:
 def first_not_finite(model: nn.Module) -> str:
     """Name the first parameter whose value or gradient is not finite; "" if there is none.
 
-    Where parameters are cut over processes, of what this one holds.
+    Where parameters are cut over processes, of what this one holds. Codes of a quantised base,
+    which are not trained, are not looked at.
     """
-    found = dict(model.named_parameters())
+    found = {name: p for name, p in model.named_parameters() if p.element_size() > 1}
     for name, parameter in found.items():
         if not torch.isfinite(local(parameter)).all():
             return f"the weight of {name}"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aprium.base.config import require_finite
 from aprium.base.errors import ConfigError
 from aprium.model.model import HybridModel
 from aprium.train.parallel import Matrices, cut_alike, local, matrices_of
@@ -29,7 +30,8 @@ class OptimConfig:
 
     `lr` is AdamW's peak rate, `muon_lr` Muon's (None: AdamW for everything); both follow the
     schedule: linear warm-up, then "wsd" (constant, then a minus-sqrt decay over the last
-    `decay_fraction` of the steps) or "cosine", down to `final_fraction` of the peak.
+    `decay_fraction` of the steps) or "cosine", down to `final_fraction` of the peak. Gradients
+    above the norm `max_grad_norm` are scaled down to it; inf leaves them as they are.
     """
 
     lr: float = 1e-3
@@ -46,6 +48,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        require_finite(self, "optim", infinite=("max_grad_norm",))
         for name in ("decay_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: it must be in 0..1")

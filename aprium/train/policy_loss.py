@@ -15,10 +15,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aprium.base.config import require_finite
 from aprium.base.errors import ConfigError
 
 # A probability mass of the tail below this counts as this: float32 cannot tell it from none.
 _LEAST_TAIL = 1e-6
+
+
+# What may be inf, which is no bound.
+_BOUNDS = (
+    *("eps_high", "dual_clip", "mismatch_high"),
+    *("sequence_bound", "geometric_band", "advantage_clip"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,7 @@ class PolicyLossConfig:
     def __post_init__(self) -> None:
         """Check ranges, and that nothing is asked in vain."""
         where = "loss.policy"
+        require_finite(self, where, infinite=_BOUNDS)
         if not 0 <= self.eps_low <= 1:
             raise ConfigError(f"{where}.eps_low is {self.eps_low}: it must be in 0..1")
         if self.eps_high < 0:

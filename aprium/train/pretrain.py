@@ -36,7 +36,7 @@ from aprium.train.optim import OptimConfig
 from aprium.train.parallel import shard
 from aprium.train.precision import PrecisionConfig
 from aprium.train.shards import load
-from aprium.train.trainer import Trainer, TrainerConfig
+from aprium.train.trainer import Trainer, TrainerConfig, make_output
 
 log = get_logger("train")
 # What an export takes from the tokenizer's directory, which may be a whole checkpoint.
@@ -103,7 +103,6 @@ def _run(config: PretrainConfig, mesh: Mesh) -> Path | None:
     whole = (model.plan.whole_shape(name, p.shape) for name, p in model.named_parameters())
     count = sum(math.prod(size) for size in whole)
     if mesh.leads:
-        write_recipe(config, config.output)
         log.info("training %s parameters; everything is written to %s", f"{count:,}", config.output)
     rounding = precision.attach(model, config.precision)
     if rounding is not None and mesh.world.size > 1:
@@ -154,8 +153,8 @@ def recipe_text(config: Any) -> str:
 def write_recipe(config: Any, output: Path) -> str:
     """Write the resolved recipe under `output`, and return its text; raises ConfigError."""
     text = recipe_text(config)
+    make_output(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"output {output} cannot be written: {error.strerror}") from error

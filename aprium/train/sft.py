@@ -38,7 +38,7 @@ from aprium.train.monitor import StabilityConfig
 from aprium.train.optim import OptimConfig
 from aprium.train.parallel import shard
 from aprium.train.precision import PrecisionConfig
-from aprium.train.pretrain import export, whole_model, write_json, write_recipe
+from aprium.train.pretrain import export, recipe_text, whole_model, write_json
 from aprium.train.shards import fill
 from aprium.train.trainer import BatchSource, Trainer, TrainerConfig
 
@@ -163,7 +163,8 @@ def _run(config: SftConfig, mesh: Mesh) -> Path | None:
         loss=config.loss if adapter is None else dataclasses.replace(config.loss, bias_rate=0.0),
         config=config.trainer,
         stability=config.stability,
-        recipe=write_recipe(config, config.output) if mesh.leads else "",
+        recipe=recipe_text(config),
+        identity=identity(path, config.lora, mesh),
         before_step=changed.begin if changed is not None else None,
     )
     before = _measure_before(trainer, heldout)
@@ -223,6 +224,12 @@ def open_model(
     model = HybridModel(shape, dtype=torch.float32, mesh=mesh)
     fill(model, dict(found.model.named_parameters()))
     return model
+
+
+def identity(path: Path, adapter: LoraConfig | None, mesh: Mesh) -> dict[str, Any]:
+    """Return what a run that starts from checkpoint `path` cannot change when it is continued."""
+    table = dataclasses.asdict(adapter) if adapter is not None else None
+    return {"lora": table, "digest of checkpoint": checkpoint.digest_weights(path, mesh.world)}
 
 
 def read_text(path: Path) -> Text:

@@ -6,7 +6,6 @@ processes on any mesh: tensors are addressed as blocks of the whole, and every p
 blocks it needs. Keys are "model/NAME" and "optimiser/NAME/LEAF".
 """
 
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -42,7 +41,14 @@ from aprium.base.files import sync
 from aprium.model.model import HybridModel
 from aprium.parallel.collectives import barrier, gather_objects
 from aprium.parallel.mesh import Axis
-from aprium.train.checkpoint import digest, explained, read_state
+from aprium.train.checkpoint import (
+    complete,
+    digest,
+    explained,
+    read_state,
+    require_same,
+    write_state,
+)
 from aprium.train.optim import Muon
 from aprium.train.parallel import local, own_pieces
 
@@ -85,8 +91,7 @@ def write(
             raise OSError(_causes(error)) from error
         digests = _digests(partial, world)
         if model.mesh.leads:
-            text = json.dumps({**state, "digests": digests})
-            (partial / "state.json").write_text(text, encoding="utf-8")
+            write_state(partial / "state.json", state, digests)
             for path in (partial / "state.json", partial / _SHARDS, partial):
                 sync(path)
             partial.rename(final)
@@ -103,18 +108,22 @@ def _digests(partial: Path, world: Axis) -> dict[str, str]:
     return {name: value for found in gather_objects(mine, world) for name, value in found.items()}
 
 
-def read(directory: Path, model: HybridModel, optimisers: Optimisers) -> dict[str, Any]:
+def read(
+    directory: Path, model: HybridModel, optimisers: Optimisers, identity: Mapping[str, Any]
+) -> dict[str, Any]:
     """Read checkpoint `directory` into `model` and `optimisers`; return the state beside them.
 
-    Raises CheckpointError for a damaged file, or where model or optimisers are others.
+    Raises CheckpointError for a damaged file, or where model, optimisers or `identity` are others.
     """
     try:
         state = read_state(directory, model.mesh.world)
+        require_same(directory, state.get("identity"), identity)
         load(directory, model, optimisers)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        before = [path for path in complete(directory.parent) if path != directory][-1:]
+        remedy = f"resume from {before[0]}" if before else "begin again: there is no earlier one"
         raise CheckpointError(
-            f"checkpoint {directory} cannot be read ({error}): delete it to resume from the one "
-            "before"
+            f"checkpoint {directory} cannot be read ({error}): delete it to {remedy}"
         ) from error
     return state
 
@@ -126,10 +135,15 @@ def load(directory: Path, model: HybridModel, optimisers: Optimisers | None = No
     SafetensorError when a file cannot be read.
     """
     shapes = _shapes(directory)
-    missing = {f"model/{name}" for name, _ in model.named_parameters()} - shapes.keys()
-    if missing:
+    wanted = {f"model/{name}" for name, _ in model.named_parameters()}
+    if missing := wanted - shapes.keys():
         raise CheckpointError(
             f"{directory} has no {min(missing).removeprefix('model/')}: it is of another model"
+        )
+    if more := {key for key in shapes if key.startswith("model/")} - wanted:
+        raise CheckpointError(
+            f"{directory} has {min(more).removeprefix('model/')}, which this model does not have: "
+            "it is of another model; begin in another output"
         )
     if optimisers is not None:
         _make_room(model, optimisers, shapes)

@@ -18,7 +18,7 @@ def open_sinks(
     "tensorboard" writes event files under `output`/tensorboard, in which what an earlier run said
     of steps after `step` is no longer shown; "wandb" logs a run named after `output`, the same one
     when continued, with "step" as the axis, by that package's own settings. Raises ConfigError for
-    what is not installed.
+    what is not installed, or does not start.
     """
     return [_open(name, output, recipe, step) for name in names]
 
@@ -54,9 +54,15 @@ def _wandb(wandb: Any, output: Path, recipe: Mapping[str, Any]) -> Sink:
     file = output / "wandb-run"
     identity = file.read_text(encoding="utf-8") if file.exists() else uuid.uuid4().hex[:8]
     file.write_text(identity, encoding="utf-8")
-    run = wandb.init(
-        dir=str(output), name=output.name, config=dict(recipe), id=identity, resume="allow"
-    )
+    try:
+        run = wandb.init(
+            dir=str(output), name=output.name, config=dict(recipe), id=identity, resume="allow"
+        )
+    except wandb.Error as error:  # no login, no connection, settings that it does not know
+        raise ConfigError(
+            f"trainer.sinks names 'wandb', which does not start ({error}): log in with wandb "
+            "login, set WANDB_MODE=offline, or leave it out"
+        ) from error
     run.define_metric("*", step_metric="step")
     return lambda step, figures: run.log({"step": step, **figures})
 

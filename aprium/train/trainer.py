@@ -11,13 +11,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
 
+from aprium.base.config import require_seed
 from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Sample
@@ -52,6 +53,7 @@ from aprium.train.report import TrainingProgress, write_page
 from aprium.train.sinks import Sink, flatten, open_sinks
 
 log = get_logger("train")
+_MOST_THREADS = 1024
 _EVALUATED_TOKENS = 1 << 14  # at a time, unless trainer.micro_tokens says how many
 
 
@@ -119,10 +121,21 @@ class TrainerConfig:
         for name in ("steps", "eval_every", "checkpoint_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}: it must be positive")
+        require_seed(self.seed, "trainer.seed")
         for name in ("micro_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{name} is {value}: it must be positive")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise ConfigError(
+                f"trainer.threads is {self.threads}: it must be at most {_MOST_THREADS}; leave it "
+                "out for PyTorch's own choice"
+            )
+
+    def use_threads(self) -> None:
+        """Let PyTorch and the native kernels compute with `threads`; before either has begun to."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
 
 
 @dataclass
@@ -140,7 +153,9 @@ class Trainer:
 
     `teacher`, one or by domain, is what the model is held to where `loss.policy.distillation` is
     "full"; it is never changed.
-    `recipe` is shown on the page.
+    `recipe`, as JSON, is shown on the page and written to `recipe.json` unless it is refused or
+    there is nothing left to train. `identity` is what a run cannot change when it is continued, as
+    plain values by key; the model's shape always belongs to it.
     `before_step` is told the number of each step before it is computed.
     `objective` stands in the place of the usual loss. `more_figures` adds to those of a step that
     is written down.
@@ -159,6 +174,7 @@ class Trainer:
         teacher: Teacher | None = None,
         stability: StabilityConfig | None = None,
         recipe: str = "",
+        identity: Mapping[str, Any] | None = None,
         before_step: Callable[[int], None] | None = None,
         objective: Objective = compute_losses,
         more_figures: Callable[[], Mapping[str, Any]] | None = None,
@@ -189,14 +205,14 @@ class Trainer:
         self.stability = stability or StabilityConfig()
         self.spikes = Spikes(self.stability)
         self.recipe = recipe
+        self.identity = {"model": asdict(model.config), **(identity or {})}
         self._stop = self._stopped = False
+        self._returned_to: int | None = None  # the step of the last rollback's checkpoint
         self._heldout: dict[str, Any] | None = None  # the last evaluation
         self._sinks: list[Sink] = []
         model.compute_dtype = getattr(torch, config.dtype)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output {output} cannot be made: {error.strerror}") from error
+        config.use_threads()
+        make_output(output)
 
     @property
     def last_step(self) -> int:
@@ -213,6 +229,11 @@ class Trainer:
         """
         try:
             return self._run()
+        except DivergenceError as error:
+            raise CheckpointError(
+                f"step {self.progress.step}: {error}: nothing is written of it; resume from the "
+                "last checkpoint with a lower learning rate"
+            ) from error
         except OSError as error:
             raise CheckpointError(
                 f"{self.output} cannot be written or read ({error}): checkpoints are whole; make "
@@ -220,11 +241,12 @@ class Trainer:
             ) from error
 
     def _run(self) -> bool:
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
         self.resume()
+        if self.mesh.leads:
+            self._write_recipe()
+            self._check_warmup()
         self._open_sinks()
-        if self.stability.action != "stop":
+        if self.stability.action != "stop" and not checkpoint.complete(self.output):
             self.save()  # there must be something to go back to
         handlers = {s: signal.signal(s, self._request_stop) for s in _stop_signals()}
         try:
@@ -237,6 +259,28 @@ class Trainer:
         if self.progress.step >= self.last_step or not self.spikes.num_above:
             self.save()
         return not self._stopped
+
+    def _write_recipe(self) -> None:
+        """Write the recipe, unless it has nothing left to train; say what is other than it was."""
+        file, step, last = self.output / "recipe.json", self.progress.step, self.last_step
+        keys = checkpoint.changed_keys(file, self.recipe) if step and self.recipe else []
+        others = f"; other than in {file}: {', '.join(keys)}" if keys else ""
+        if step and step >= last:
+            log.warning("already at step %d of %d: nothing to train%s", step, last, others)
+        elif others:
+            log.warning("continued%s", others)
+        if self.recipe and (step < last or not file.exists()):
+            file.write_text(self.recipe, encoding="utf-8")
+
+    def _check_warmup(self) -> None:
+        """Say when the learning rates never reach their peaks."""
+        steps, warmup = self.config.steps, self.optim.warmup_steps
+        if warmup > steps:
+            log.warning(
+                "optim.warmup_steps is %d and trainer.steps %d: the learning rates end at %.0f %% "
+                "of their peaks; set optim.warmup_steps lower for all of them",
+                *(warmup, steps, 100 * steps / warmup),
+            )
 
     def _open_sinks(self) -> None:
         if self.mesh.leads:
@@ -259,6 +303,9 @@ class Trainer:
             figures = self.train_step(self.source.next_batch(), monitor=due)
             if figures["loss"]:  # the policy's loss is about 0, and says nothing of this
                 self.spikes.see(figures["loss"])
+            last = progress.step == self.last_step
+            if last or progress.step % config.checkpoint_every == 0:
+                self._require_finite()
         except DivergenceError as cause:
             self._recover(cause)
             return
@@ -284,7 +331,7 @@ class Trainer:
         write_page(train, heldout, self.recipe, self.output, accuracy)
 
     def _recover(self, cause: DivergenceError) -> None:
-        """Go back to the last checkpoint, and on with the data after those that diverged."""
+        """Go back to a checkpoint, and on with the data after those that diverged."""
         stability, begun = self.stability, self.progress.step
         if stability.action == "stop":
             raise CheckpointError(
@@ -298,7 +345,9 @@ class Trainer:
             )
         position = self.source.state_dict()
         rollbacks = self.progress.rollbacks + 1
+        self._drop_bad(begun)
         self.resume()
+        self._returned_to = self.progress.step
         self.source.load_state_dict(position)
         self.progress.rollbacks = rollbacks
         if stability.action == "anneal" and self.progress.decay_from is None:
@@ -311,6 +360,24 @@ class Trainer:
         event = {"step": self.progress.step, "from_step": begun, "cause": str(cause)}
         self._write_metrics("rollback", event)
         log.warning("step %d: %s; back to step %d", begun, cause, self.progress.step)
+
+    def _drop_bad(self, step: int) -> None:
+        """Remove the last checkpoint if the run came back to it, and at `step` diverges again."""
+        kept, back = checkpoint.complete(self.output), self._returned_to
+        if back is None or len(kept) < 2 or kept[-1].name != f"step-{back:06d}":
+            return
+        if step - back <= self.stability.patience:
+            barrier(self.mesh.world)  # until all have looked
+            if self.mesh.leads:
+                shutil.rmtree(kept[-1])
+                log.warning("%s diverges again at once, and is removed", kept[-1])
+            barrier(self.mesh.world)
+
+    def _require_finite(self) -> None:
+        """Raise DivergenceError where the last update left a weight that is not finite."""
+        where = first_not_finite(self.model)
+        if any_true(bool(where), self.mesh.world):
+            raise DivergenceError(f"{where or 'a weight of another process'} is not finite")
 
     def train_step(self, samples: Sequence[Sample], *, monitor: bool = True) -> dict[str, Any]:
         """Take one optimisation step; return its figures, with `monitor` those by layer and role.
@@ -423,7 +490,11 @@ class Trainer:
         return collate(share_samples(samples, self.mesh.dp), least)
 
     def save(self) -> Path:
-        """Write checkpoint `step-N` and drop the oldest beyond those kept."""
+        """Write checkpoint `step-N` and drop the oldest beyond those kept.
+
+        Raises DivergenceError where a weight is not finite.
+        """
+        self._require_finite()
         if self.mesh.leads:
             self.metrics.flush()
         if self.mesh.world.size > 1:
@@ -447,6 +518,7 @@ class Trainer:
             "source": self.source.state_dict(),
             "progress": vars(self.progress),
             "spikes": spikes,
+            "identity": self.identity,
         }
 
     def resume(self) -> None:
@@ -456,7 +528,7 @@ class Trainer:
         """
         found = checkpoint.complete(self.output)
         if found:
-            state = shards.read(found[-1], self.model, self.optimisers)
+            state = shards.read(found[-1], self.model, self.optimisers, self.identity)
             try:
                 self.source.load_state_dict(state["source"])
                 self.progress = _Progress(**state["progress"])
@@ -480,6 +552,14 @@ class Trainer:
             for sink in self._sinks:
                 sink(figures["step"], flat)
         self.metrics.append(kind, figures)
+
+
+def make_output(output: Path) -> None:
+    """Make the directory that a run writes to; raises ConfigError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output {output} cannot be made: {error.strerror}") from error
 
 
 def _parts(samples: Sequence[Sample], budget: int | None) -> Iterator[list[Sample]]:

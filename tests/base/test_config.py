@@ -1,12 +1,13 @@
 """Configuration from plain values: nesting, types, unknown keys, overrides."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from aprium.base.config import from_dict, load_toml, to_dict
+from aprium.base.config import from_dict, load_toml, require_finite, to_dict
 from aprium.base.errors import ConfigError
 
 
@@ -25,6 +26,24 @@ class Outer:
     names: dict[str, int] = field(default_factory=dict)
     flag: bool = False
     bound: int | None = None
+
+
+def test_floats_that_are_not_finite_are_refused() -> None:
+    @dataclass(frozen=True)
+    class Rates:
+        rate: float = 1.0
+        betas: tuple[float, float] = (0.9, 0.9)
+        bound: float | None = math.inf
+        steps: int = 1
+
+    require_finite(Rates(), "optim", infinite=("bound",))
+    for rates, name in (
+        (Rates(rate=math.nan), "rate"),
+        (Rates(betas=(0.9, math.inf)), "betas"),
+        (Rates(bound=-math.inf), "bound"),
+    ):
+        with pytest.raises(ConfigError, match=rf"optim\.{name} is .* finite"):
+            require_finite(rates, "optim", infinite=("bound",))
 
 
 def test_round_trip() -> None:

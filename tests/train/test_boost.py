@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -127,11 +129,22 @@ def test_only_the_head_changes_and_its_loss_falls(recipe: Path) -> None:
     assert file.stat().st_mtime_ns == written
 
 
+def test_without_anything_held_out_acceptance_is_not_measured(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("aprium").propagate = True
+    recipe.write_text(re.sub("heldout = .*", "", recipe.read_text()))
+    assert run(recipe, {"trainer.steps": 1, "rollouts": 0}) is not None
+    assert not (recipe.parent / "out" / "acceptance.json").exists()
+    assert "probes is 6 and no source of data holds anything out" in caplog.text
+
+
 def test_bad_values_are_named(recipe: Path) -> None:
     for overrides, message in (
         ({"steps": 0}, r"steps is 0: it must be in 1\.\.16"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"rollouts": -1}, "rollouts is -1: it must be at least 0"),
+        ({"optim.muon_lr": 0.5}, r"optim\.muon_lr is 0\.5"),
         ({"tokens_per_step": 110}, "at least 124"),
     ):
         with pytest.raises(ConfigError, match=message):

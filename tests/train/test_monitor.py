@@ -59,6 +59,15 @@ def test_spike_needs_patience_and_does_not_become_usual() -> None:
         spikes.see(5.0)
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_shortest_windows_begin_with_a_step(window: int) -> None:
+    spikes = Spikes(StabilityConfig(spike_ratio=2.0, patience=1, window=window))
+    spikes.see(1.0)
+    spikes.see(1.9)
+    with pytest.raises(DivergenceError):
+        spikes.see(4.0)
+
+
 def test_bad_values_are_named() -> None:
     with pytest.raises(ConfigError, match=r"stability\.spike_ratio is 0\.5"):
         StabilityConfig(spike_ratio=0.5)

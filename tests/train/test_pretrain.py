@@ -1,13 +1,14 @@
 """A recipe from file to exported checkpoint, stopped and continued on the way."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from aprium.base.errors import ConfigError
+from aprium.base.errors import CheckpointError, ConfigError, DataError
 from aprium.checkpoint.load import load_checkpoint
 from aprium.model.model import HybridModel
 from aprium.train.pretrain import run
@@ -102,6 +103,47 @@ def test_precision_is_a_table_of_the_recipe_and_may_change_in_the_middle(recipe:
     resolved = json.loads((recipe.parent / "out" / "recipe.json").read_text())
     assert resolved["precision"]["recipe"] == "bf16"
     assert not torch.equal(_weights(recipe, "step-000003")[name], rounded)
+
+
+def test_a_run_goes_on_with_its_own_model_alone(recipe: Path) -> None:
+    run(recipe)
+    for key, message in (
+        ("num_active_experts", "3 then, 2 now"),
+        ("norm_eps", r"1e-05 then, 2\.0 now"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"model\.{key}: {message}"):
+            run(recipe, {f"model.{key}": 2, "trainer.steps": 3})
+    file = recipe.parent / "out" / "step-000002" / "state.json"
+    _forget_identity(file)  # as checkpoints of earlier versions
+    with pytest.raises(CheckpointError, match="which this model does not have"):
+        run(recipe, {"model.num_mtp_layers": 0, "trainer.steps": 3})
+    assert run(recipe, {"trainer.steps": 3}) is not None
+
+
+def test_a_run_that_trained_nothing_keeps_its_record(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("aprium").propagate = True
+    run(recipe)
+    file = recipe.parent / "out" / "recipe.json"
+    written = file.read_text()
+    for changed in ({"data.seed": 5}, {"model.norm_eps": 2, "trainer.steps": 3}):
+        with pytest.raises((CheckpointError, DataError)):
+            run(recipe, changed)
+        assert file.read_text() == written
+    run(recipe, {"optim.lr": 0.5, "optim.muon_lr": 0.5})
+    assert file.read_text() == written
+    assert "already at step 2 of 2: nothing to train" in caplog.text
+    assert "recipe.json: optim.lr, optim.muon_lr" in caplog.text
+    run(recipe, {"optim.lr": 0.5, "trainer.steps": 3})
+    assert json.loads(file.read_text())["optim"]["lr"] == 0.5
+    assert "continued; other than in" in caplog.text
+
+
+def _forget_identity(file: Path) -> None:
+    state = json.loads(file.read_text())
+    del state["identity"]
+    file.write_text(json.dumps(state))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,24 @@ def test_heldout_loss_falls_and_the_result_opens(recipe: Path) -> None:
     assert (directory / "chat_template.jinja").exists()
 
 
+def test_threads_are_set_before_anything_is_evaluated(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, before = list[int](), torch.get_num_threads()
+    evaluate = Trainer.evaluate
+
+    def note(self: Trainer) -> dict[str, Any]:
+        used.append(torch.get_num_threads())
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", note)
+    try:
+        run(recipe, {"trainer.threads": before + 1, "trainer.steps": 1})
+    finally:
+        torch.set_num_threads(before)
+    assert used and set(used) == {before + 1}
+
+
 def test_two_lengths_never_meet_in_a_step(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with recipe.open("a") as file:
         file.write(ALTERNATE.format(recipe.parent))
@@ -180,6 +200,26 @@ def test_adapters_with_dropout_over_a_quantised_base_resume(
         assert torch.equal(found[name], value), name
 
 
+def test_a_run_goes_on_with_its_own_adapter_and_base_alone(recipe: Path) -> None:
+    settings = {"lora.r": 4, "lora.targets": ["attention_qkv", "mlp"], "trainer.steps": 1}
+    run(recipe, settings)
+    other = recipe.parent / "other"
+    write_tokenizer(other)
+    write_generation_config(other)
+    save_checkpoint(random_model(SHAPE, 1), other, dtype=torch.bfloat16)
+    more = settings | {"trainer.steps": 2}
+    for changed, message in (
+        (more | {"lora.targets": ["mlp"]}, r"lora\.targets: \['attention_qkv', 'mlp'\] then"),
+        (more | {"lora.alpha": 99.0}, r"lora\.alpha: 32\.0 then, 99\.0 now"),
+        ({"trainer.steps": 2}, r"lora: \{'r': 4, .* then, None now"),
+        (more | {"checkpoint": str(other)}, "digest of checkpoint: .* begin in another output"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run(recipe, changed)
+    shutil.copytree(recipe.parent / "start", recipe.parent / "moved")
+    assert run(recipe, more | {"checkpoint": str(recipe.parent / "moved")}) is not None
+
+
 def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
     write_tokenizer(recipe.parent / "start", vocab_size=600)
     save_checkpoint(random_model(PRESETS["toy"], 0), recipe.parent / "start")
@@ -192,6 +232,14 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Path) -> None:
     [
         ({"lora.r": 8, "optimizer": "muon"}, ConfigError, "with adamw"),
         ({"lora.r": 8, "precision.recipe": "nvfp4"}, ConfigError, "leave one out"),
+        ({"trainer.threads": 100_000}, ConfigError, "at most 1024"),
+        ({"optim.lr": math.inf}, ConfigError, r"optim\.lr is inf: it must be a finite number"),
+        ({"loss.mtp_weight": math.nan}, ConfigError, r"loss\.mtp_weight is nan"),
+        ({"loss.policy.eps_high": math.nan}, ConfigError, r"loss\.policy\.eps_high is nan"),
+        ({"stability.spike_ratio": math.inf}, ConfigError, r"stability\.spike_ratio is inf"),
+        ({"lora.alpha": math.inf}, ConfigError, r"lora\.alpha is inf"),
+        ({"trainer.seed": 2**70}, ConfigError, r"trainer\.seed is 1180591620717411303424"),
+        ({"lora.seed": 2**64}, ConfigError, r"lora\.seed is 18446744073709551616"),
         ({"tokens_per_step": 100}, ConfigError, "at least data.max_length, 200"),
         ({"alternate.share": 1.0}, ConfigError, "must lie between 0 and 1"),
         ({"alternate.data.max_length": 999}, ConfigError, "at least alternate.data.max_length"),

@@ -1,10 +1,12 @@
 """The loop: it learns, it resumes bit for bit after a kill, it refuses damaged checkpoints."""
 
 import json
+import logging
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from aprium.model.model import HybridModel
 from aprium.model.presets import PRESETS
 from aprium.train import checkpoint
 from aprium.train.losses import LossConfig
-from aprium.train.monitor import StabilityConfig
+from aprium.train.monitor import DivergenceError, StabilityConfig
 from aprium.train.optim import OptimConfig, build_optimisers
 from aprium.train.policy_loss import PolicyLossConfig
 from aprium.train.trainer import Trainer, TrainerConfig
@@ -170,6 +172,24 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="step-000004"):
         make(tmp_path, 8).run()
+
+
+def test_a_changed_state_is_noticed_and_the_checkpoint_before_named(tmp_path: Path) -> None:
+    make(tmp_path, 8).run()
+    file = tmp_path / "step-000008" / "state.json"
+    written = json.loads(file.read_text())
+    no_digest = {key: value for key, value in written.items() if key != "digest"}
+    for state in ({**written, "source": {"index": 3}}, {**no_digest, "digests": []}, []):
+        file.write_text(json.dumps(state))
+        with pytest.raises(CheckpointError, match=r"step-000008 .*json is not what") as error:
+            make(tmp_path, 9).run()
+        assert f"delete it to resume from {tmp_path / 'step-000004'}" in str(error.value)
+    file.write_text(json.dumps(no_digest))  # as earlier versions wrote it
+    make(tmp_path, 9).run()
+    (tmp_path / "step-000009" / "state.json").unlink()
+    shutil.rmtree(tmp_path / "step-000008")
+    with pytest.raises(CheckpointError, match="delete it to begin again"):
+        make(tmp_path, 10).run()
 
 
 def test_changed_byte_is_noticed(tmp_path: Path) -> None:
@@ -349,6 +369,54 @@ def test_no_more_rollbacks_than_allowed(tmp_path: Path) -> None:
         make(tmp_path, 12, Hopeless(), stability=limit).run()
 
 
+def test_a_weight_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    def spoil(trainer: Trainer, at: int) -> None:
+        step = trainer.train_step
+
+        def spoiled(samples: Sequence[Sample], *, monitor: bool = True) -> dict[str, Any]:
+            found = step(samples, monitor=monitor)
+            if trainer.source.state_dict()["index"] == at:  # once: the data go on after a rollback
+                with torch.no_grad():
+                    trainer.model.lm_head.weight[0, 0] = float("inf")
+            return found
+
+        trainer.train_step = spoiled  # type: ignore[method-assign]
+
+    wanted = r"step 4: the weight of lm_head\.weight is not finite"
+    trainer = make(tmp_path / "last", 4)
+    spoil(trainer, 4)
+    with pytest.raises(CheckpointError, match=wanted):
+        trainer.run()
+    stopped = make(tmp_path / "stopped", 8, Copies(interrupt_at=1))
+    spoil(stopped, 2)
+    with pytest.raises(CheckpointError, match="nothing is written of it"):
+        stopped.run()
+    for name in ("last", "stopped"):
+        assert checkpoint.complete(tmp_path / name) == []
+    back = make(tmp_path / "back", 8, stability=StabilityConfig(action="rollback"))
+    spoil(back, 8)
+    assert back.run() and back.progress.rollbacks == 1
+    (event,) = back.metrics.read("rollback")
+    assert (event["step"], event["from_step"]) == (4, 8)
+
+
+def test_a_checkpoint_that_diverges_at_once_again_gives_way_to_the_one_before(
+    tmp_path: Path,
+) -> None:
+    trainer = make(tmp_path, 12, stability=StabilityConfig(action="rollback"))
+    step = trainer.train_step
+
+    def doomed(samples: Sequence[Sample], *, monitor: bool = True) -> dict[str, Any]:
+        if trainer.progress.step == 8 and trainer.source.state_dict()["index"] < 12:
+            raise DivergenceError("spoiled")
+        return step(samples, monitor=monitor)
+
+    trainer.train_step = doomed  # type: ignore[method-assign]
+    assert trainer.run()
+    assert [event["step"] for event in trainer.metrics.read("rollback")] == [4]
+    assert trainer.progress.rollbacks == 2 and trainer.progress.step == 12
+
+
 def test_parts_of_a_step_and_recomputed_layers_give_its_gradients(tmp_path: Path) -> None:
     plain = make(tmp_path / "a", 1)
     plain.run()
@@ -405,6 +473,17 @@ def test_the_step_of_the_selection_bias_falls_with_the_learning_rates(tmp_path: 
     assert factors[0] < 1 and moved[:3] == pytest.approx([0.01] * 3)  # while they are rising
     assert moved[3:] == pytest.approx([0.01 * factor for factor in factors[3:]], rel=1e-3)
     assert moved[-1] < 0.005
+
+
+@pytest.mark.parametrize(("steps", "told"), [(2, "end at 67 % of their peaks"), (3, "")])
+def test_a_warmup_longer_than_the_run_is_told(
+    tmp_path: Path, steps: int, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("aprium").propagate = True
+    trainer = make(tmp_path, steps)
+    trainer.heldout = []
+    trainer.run()
+    assert told in caplog.text and bool(told) == ("warmup_steps" in caplog.text)
 
 
 def test_page_shows_curves_by_role_and_layer(tmp_path: Path) -> None:
