@@ -320,7 +320,7 @@ class _Player:
             policy, chat = self.generation.policy(), self.generation.chat
             self._rollouts = Rollouts(config.domains, config.rollout, policy, chat)
             self._credit = config.credit
-            self._full = config.loss.policy.distillation == "full"
+            self._form = config.loss.policy.distillation
             stages = Stages(
                 generate=self._generate,
                 credit=self._learn,
@@ -343,9 +343,7 @@ class _Player:
         return tuple(await asyncio.gather(*map(self._teachers.score, group.trajectories)))
 
     async def _learn(self, group: Group, scores: Scores) -> Credited:
-        if self._full:
-            return learn_whole(group, self._credit)
-        return learn(group, self._credit, scores)
+        return learn(group, self._credit, scores, self._form)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` in the thread, and return what it returns."""
@@ -371,31 +369,37 @@ class _Player:
         await self.generation.close()
 
 
-def learn(group: Group, config: CreditConfig, scores: Scores) -> Credited:
+def learn(group: Group, config: CreditConfig, scores: Scores, form: str = "sampled") -> Credited:
     """Return the samples of a group; an episode that its teacher failed to score gives none.
 
-    So a server that is down for a while costs some episodes, and not the run.
+    So a server that is down for a while costs some episodes, and not the run. `form` is that of
+    distillation; with "full" the trainer itself asks the teachers, about every token.
     """
+    if form == "full":
+        return _learn_whole(group, config)
+    apart = form != "sampled"
     domains = {trajectory.domain for trajectory in group.trajectories}
     if not any(config.kl_weights.get(domain, config.kl_weight) for domain in domains):
-        return credit(group, config, scores)
+        return credit(group, config, scores, apart=apart)
     pairs = zip(group.trajectories, scores, strict=True)
     kept = [(one, said) for one, said in pairs if said is not None or one.error is not None]
     found = credit(
         Group(task=group.task, trajectories=tuple(one for one, _ in kept)),
         config,
         tuple(said for _, said in kept),
+        apart=apart,
     )
     unscored = float(len(scores) - len(kept))
     return replace(found, figures={**found.figures, "unscored": unscored})
 
 
-def learn_whole(group: Group, config: CreditConfig) -> Credited:
+def _learn_whole(group: Group, config: CreditConfig) -> Credited:
     """Return the samples of a group whose teachers the trainer itself asks, about every token."""
     found = credit(group, replace(config, kl_weight=0.0, kl_weights={}))
     samples = []
     for sample in found.samples:
         weight = config.kl_weights.get(sample.domain, config.kl_weight)
+        weight *= config.domain_weights.get(sample.domain, 1.0)
         weights = tuple(weight if counts else 0.0 for counts in sample.rl_weight)
         samples.append(replace(sample, kl_weight=weights))
     return replace(found, samples=tuple(samples))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from aprium.base.config import load_toml
 from aprium.base.errors import ConfigError, EngineError, TaskError
-from aprium.base.records import Group, TeacherScores, Trajectory
+from aprium.base.records import Group, Sample, TeacherScores, Trajectory
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
 from aprium.model.layout import Layout
@@ -190,6 +190,30 @@ def test_an_episode_without_scores_is_left_out() -> None:
     assert found.figures["unscored"] == 1.0
     assert len(learn(group, CreditConfig(), (None, said)).samples) == 2
     assert learn(group, CreditConfig(kl_weight=1.0), (None, None)).samples == ()
+
+
+@pytest.mark.parametrize("form", ["sampled", "k3", "top_k", "full"])
+def test_a_domains_weight_weighs_its_teacher_in_every_form(form: str) -> None:
+    """In "sampled" `rl_weight` weighs all that is said, elsewhere `kl_weight` alone the teacher."""
+
+    def sample(domain: str) -> Sample:
+        one = Trajectory(
+            task="t",
+            domain=domain,
+            tokens=(1, 2, 3),
+            sampled=(False, True, False),
+            logprobs=(0.0, -1.0, 0.0),
+            reward=1.0,
+            weight_spans=((0, 1),),
+        )
+        said = TeacherScores(teacher="x", logprobs=(0.0, -0.5, 0.0), top=({}, {1: -0.5}, {}))
+        config = CreditConfig(kl_weight=2.0, domain_weights={"light": 0.25})
+        return learn(Group(task="t", trajectories=(one,)), config, (said,), form).samples[0]
+
+    light, usual = sample("light"), sample("other")
+    assert (light.rl_weight, usual.rl_weight) == ((0.0, 0.25, 0.0), (0.0, 1.0, 0.0))
+    assert usual.kl_weight == (0.0, 2.0, 0.0)
+    assert light.kl_weight == (0.0, 2.0 if form == "sampled" else 0.5, 0.0)
 
 
 @pytest.mark.parametrize(
