@@ -46,6 +46,7 @@ from aprium.train.lora import LoraConfig
 from aprium.train.losses import LossConfig
 from aprium.train.metrics import MetricsFile
 from aprium.train.optim import OptimConfig
+from aprium.train.policy_loss import PolicyLossConfig
 from aprium.train.pretrain import export, write_json, write_recipe
 from aprium.train.sft import open_model, read_text
 from aprium.train.trainer import Trainer, TrainerConfig
@@ -96,6 +97,7 @@ class RlConfig:
                 "[curriculum] draws tasks again by how often they were solved: say of how many "
                 "with rollout.pool"
             )
+        _require_ratio(self.loss.policy)
         form, teachers = self.loss.policy.distillation, self.teachers
         if form == "full" and teachers is None:
             raise ConfigError(
@@ -120,6 +122,19 @@ class RlConfig:
             raise ConfigError(
                 f"cluster.teachers is {self.cluster.teachers} and loss.policy.distillation is "
                 "'full', for which the trainer itself has the teachers: set it to 0"
+            )
+
+
+def _require_ratio(policy: PolicyLossConfig) -> None:
+    """Refuse what bounds a ratio that is always 1; raises ConfigError."""
+    usual = PolicyLossConfig()
+    for name in ("ratio", "surrogate", "eps_low", "eps_high", "dual_clip"):
+        value = getattr(policy, name)
+        if policy.proximal == "start" and value != getattr(usual, name):
+            raise ConfigError(
+                f"loss.policy.{name} is {value!r} and proximal 'start': one update is made of each "
+                "batch, so the ratio to the policy at its start is 1 and nothing is clipped; set "
+                f"proximal = 'behaviour', or leave {name} out"
             )
 
 

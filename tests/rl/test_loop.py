@@ -136,6 +136,22 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("no_page")
+def test_clips_bound_what_changed_since_an_episode_was_played(tmp_path: Path) -> None:
+    policy = {"proximal": "behaviour", "eps_low": 1e-3, "eps_high": 1e-3, "mismatch": "none"}
+    config = recipe(
+        tmp_path / "out",
+        pipeline={"max_age": 1},
+        optim={"lr": 1e-3},
+        loss={"policy": policy},
+        evaluate=None,
+    )
+    run_config(config)
+    rows = MetricsFile(config.output).read("train")
+    assert any(row["policy"]["clipped"] > 0 for row in rows if row["age_max"])
+    assert all(row["policy"]["clipped"] == 0 for row in rows if not row["age_max"])
+
+
+@pytest.mark.usefixtures("no_page")
 def test_adapters_learn_over_a_frozen_base(tmp_path: Path) -> None:
     config = recipe(
         tmp_path / "out", lora={"r": 4}, trainer={"steps": 4}, optim={"lr": 1e-2}, evaluate=None
@@ -228,6 +244,12 @@ def test_a_domains_weight_weighs_its_teacher_in_every_form(form: str) -> None:
             ConfigError,
             "with teachers.top",
         ),
+        (
+            {"loss": {"policy": {"eps_low": 0.1}}},
+            ConfigError,
+            "eps_low is 0.1 .* one update is made of each batch",
+        ),
+        ({"loss": {"policy": {"ratio": "sequence"}}}, ConfigError, "proximal = 'behaviour'"),
         ({"curriculum": {"steps": 3}}, ConfigError, "with rollout.pool"),
         ({"rollout": {"temperature": 0.0}}, ConfigError, "episodes of a group must differ"),
         ({"engine": {"max_num_sequences": 4}}, ConfigError, "unknown key engine.max_num_sequences"),
