@@ -22,6 +22,7 @@ from aprium.base.log import get_logger
 from aprium.base.records import Group, Sample
 from aprium.checkpoint.hub import resolve
 from aprium.engine.config import EngineConfig
+from aprium.envs.places import Places
 from aprium.model.model import HybridModel
 from aprium.parallel.mesh import require_one_process
 from aprium.rl.cluster import Cluster, ClusterConfig, RemoteTeachers
@@ -292,7 +293,8 @@ class Learner:
             return
         await self._push(player, step)
         generation = player.generation
-        found = await self._evaluation(generation.policy(priority=-1), generation.chat)
+        policy = generation.policy(priority=-1)
+        found = await self._evaluation(policy, generation.chat, player.places)
         self._metrics.append("accuracy", {"step": step} | as_figures(found))
         for name, one in found.items():
             log.info("step %d: %s %.3f +- %.3f", step, name, one.accuracy, one.standard_error)
@@ -333,7 +335,9 @@ class _Player:
             if self._cluster is not None:
                 self._cluster.open()
             policy, chat = self.generation.policy(), self.generation.chat
-            self._rollouts = Rollouts(config.domains, config.rollout, policy, chat)
+            engines = config.cluster.generators if config.cluster is not None else 1
+            self.places = Places(engine.max_num_seqs * engines)
+            self._rollouts = Rollouts(config.domains, config.rollout, policy, chat, self.places)
             self._credit = config.credit
             self._form = config.loss.policy.distillation
             stages = Stages(
