@@ -268,13 +268,10 @@ class Learner:
             player.ledger.compact(int(kept[0].name.removeprefix("step-")))
         if config is not None and (not step or (config.every and step % config.every == 0)):
             await self._evaluate(player, step)
-        recorded = player.ledger.batches.get(step)
-        if recorded is None:
+        if step not in player.ledger.batches:
             await self._push(player, step)
         else:  # deal as was dealt when the batch was made, to go on from there
-            pipeline = self._config.pipeline
-            most = pipeline.groups_per_step * (step + pipeline.max_age + 1)
-            self._dealer(max(most, *(number + 1 for number in recorded)) - 1)
+            self._dealer(player.ledger.num_issued_by[step] - 1)
         played = await player.pipeline.next_batch(step)
         self._dealer.see((one.item, one.group) for one in played)
         self._dealt = self._dealer.state_dict()

@@ -1,5 +1,6 @@
 """The loop on pico: what a run writes, and that it goes on bit for bit after any end."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +23,9 @@ from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
 from aprium.model.layout import Layout
 from aprium.rl.credit import CreditConfig
-from aprium.rl.ledger import Ledger
-from aprium.rl.loop import RlConfig, learn, run_config
+from aprium.rl.ledger import Item, Ledger
+from aprium.rl.loop import Learner, RlConfig, learn, run_config
+from aprium.rl.pipeline import Played
 from aprium.rl.teachers import load_models
 from aprium.train.metrics import MetricsFile
 from aprium.train.trainer import Trainer
@@ -99,6 +102,52 @@ def test_a_curriculum_goes_on_where_it_was(tmp_path: Path) -> None:
     assert same(weights(config.output, 4), wanted)
     items = [json.loads(line) for line in lines if '"issued"' in line]
     assert max(item["index"] for item in items) < 4
+
+
+def test_a_curriculum_that_ran_ahead_deals_again_as_much_as_it_had(tmp_path: Path) -> None:
+    """With few groups at a time that is less than the age of what is played would allow."""
+    curriculum = {"rollout": {"pool": 16}, "curriculum": {"steps": 3}, "evaluate": None}
+    config = recipe(tmp_path / "out", **curriculum, pipeline={"max_age": 4, "max_groups": 1})
+
+    def learner() -> Learner:
+        return Learner(config, None, None, PICO_DIR)  # type: ignore[arg-type]
+
+    def played(item: Item) -> Played:
+        one = Trajectory(
+            task="t",
+            domain=item.domain,
+            tokens=(1, 2),
+            sampled=(False, True),
+            logprobs=(0.0, -1.0),
+            reward=1.0,
+            weight_spans=((0, 1),),
+        )
+        group = Group(task="t", trajectories=(one,) * 4)
+        return Played(item=item, group=group, learnt=learn(group, CreditConfig(), ()), age=0)
+
+    def take(learner: Learner, ledger: Ledger, items: list[Item]) -> None:
+        async def next_batch(step: int) -> list[Played]:
+            if step not in ledger.batches:
+                ledger.take(step, [item.number for item in items])
+            return [*map(played, items)]
+
+        player: Any = SimpleNamespace(
+            ledger=ledger, pipeline=SimpleNamespace(next_batch=next_batch)
+        )
+        learner._pushed = 0
+        asyncio.run(learner._next(player))
+
+    first, ledger = learner(), Ledger(config.output)
+    items = [first._dealer(number) for number in range(4)]
+    for item in items:
+        ledger.issue(item, 0)
+    take(first, ledger, items[:3])
+    wanted = [first._dealer(number) for number in range(4, 12)]
+    ledger.close()
+    again, ledger = learner(), Ledger(config.output)  # killed before there was a checkpoint
+    take(again, ledger, items[:3])
+    assert [again._dealer(number) for number in range(4, 12)] == wanted
+    ledger.close()
 
 
 @pytest.mark.usefixtures("no_page")
