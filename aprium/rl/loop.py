@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from aprium.base.config import from_dict, load_toml
-from aprium.base.errors import ConfigError
+from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Group, Sample
 from aprium.checkpoint.hub import resolve
@@ -256,7 +256,7 @@ class Learner:
     def _play(self) -> "_Player":
         if self._player is None:
             self._player = _Player(
-                self._config, self._engine, self._weights, self._path, self._dealer
+                self._config, self._engine, self._weights, self._path, self._dealer, self._step
             )
             self._pushed = None if self._step else 0  # it begins with these weights, as version 0
         return self._player
@@ -317,10 +317,12 @@ class _Player:
         weights: Weights,
         path: Path,
         dealer: Dealer,
+        step: int,
     ) -> None:
         with contextlib.ExitStack() as undone:
             self.ledger = Ledger(config.output)
             undone.callback(self.ledger.close)
+            require_continuable(self.ledger, config, step)
             teachers = _make_teachers(config, path)
             self._cluster: Cluster | None = None
             if config.cluster is not None:
@@ -383,6 +385,38 @@ class _Player:
         if self._teachers is not None:
             await self._teachers.close()
         await self.generation.close()
+
+
+def require_continuable(ledger: Ledger, config: RlConfig, step: int) -> None:
+    """Check that `config` can go on from `step` with what is in `ledger`.
+
+    Raises CheckpointError where episodes are gone that a batch is to be made of again, ConfigError
+    where they were played for another recipe.
+    """
+    domains = {domain.name for domain in config.domains}
+    open_ones = {entry.item.number for entry in ledger.open_entries()}
+    again = {n: at for at, numbers in ledger.batches.items() if at >= step for n in numbers}
+    for number in sorted(open_ones | again.keys()):
+        entry = ledger.entries.get(number)
+        if entry is None or (number in again and entry.group is None):
+            raise CheckpointError(
+                f"{ledger.path} no longer has the episodes of step {again[number]}, and no "
+                f"checkpoint of {config.output} is as late: put step-* back, or use another output"
+            )
+        name = entry.item.domain
+        if name not in domains:
+            raise ConfigError(
+                f"{ledger.path} has an item of domain {name!r} to go on with and the recipe has "
+                f"none of that name: give {name!r} back, or use another output"
+            )
+        weight = config.credit.kl_weights.get(name, config.credit.kl_weight)
+        asks = weight and config.loss.policy.distillation != "full"
+        if asks and number in again and entry.scores is None:
+            raise ConfigError(
+                f"credit.kl_weight of domain {name!r} is {weight:g} and no teacher scored the "
+                f"episodes of step {again[number]} in {ledger.path}, which is to be taken again: "
+                "set it to 0 as it was, or use another output"
+            )
 
 
 def learn(group: Group, config: CreditConfig, scores: Scores, form: str = "sampled") -> Credited:

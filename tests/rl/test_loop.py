@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from aprium.base.config import load_toml
-from aprium.base.errors import ConfigError, EngineError, TaskError
+from aprium.base.errors import CheckpointError, ConfigError, EngineError, TaskError
 from aprium.base.records import Group, Sample, TeacherScores, Trajectory
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
 from aprium.model.layout import Layout
 from aprium.rl.credit import CreditConfig
 from aprium.rl.ledger import Item, Ledger
-from aprium.rl.loop import Learner, RlConfig, learn, run_config
+from aprium.rl.loop import Learner, RlConfig, learn, require_continuable, run_config
 from aprium.rl.pipeline import Played
 from aprium.rl.teachers import load_models
 from aprium.train.metrics import MetricsFile
@@ -148,6 +148,44 @@ def test_a_curriculum_that_ran_ahead_deals_again_as_much_as_it_had(tmp_path: Pat
     take(again, ledger, items[:3])
     assert [again._dealer(number) for number in range(4, 12)] == wanted
     ledger.close()
+
+
+def test_what_cannot_be_continued_is_refused_at_the_start(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "out", evaluate=None)
+    one = Trajectory(
+        task="t",
+        domain="add",
+        tokens=(1, 2),
+        sampled=(False, True),
+        logprobs=(0.0, -1.0),
+        weight_spans=((0, 1),),
+    )
+    ledger = Ledger(config.output)
+    for number in range(3):
+        ledger.issue(Item(number=number, domain="add", index=number), 0)
+        ledger.finish(number, Group(task="t", trajectories=(one,)))
+    ledger.take(0, [0])
+    ledger.take(1, [1])
+    ledger.close()
+
+    def start(changes: dict[str, Any], step: int) -> None:
+        weights: Any = SimpleNamespace(num_bytes=0)
+        learner = Learner(recipe(config.output, evaluate=None, **changes), None, weights, PICO_DIR)  # type: ignore[arg-type]
+        learner.load_state_dict({"step": step, "dealer": {}})
+        learner.next_batch()
+
+    renamed = [{"name": "sum", "family": "exercises", "options": {"families": ["add"]}}]
+    with pytest.raises(ConfigError, match="an item of domain 'add' to go on with"):
+        start({"domains": renamed}, 2)  # item 2 is open
+    taught = {"teachers": {"default": "self"}, "credit": {"kl_weight": 1.0}}
+    with pytest.raises(ConfigError, match="no teacher scored the episodes of step 1"):
+        start(taught, 1)
+    ledger = Ledger(config.output)
+    require_continuable(ledger, recipe(config.output, **taught), 2)  # item 2 can be scored yet
+    ledger.compact(1)
+    ledger.close()
+    with pytest.raises(CheckpointError, match="no longer has the episodes of step 0"):
+        start({}, 0)  # without the checkpoint that it was compacted for
 
 
 @pytest.mark.usefixtures("no_page")
