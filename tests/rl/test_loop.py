@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -22,10 +23,12 @@ from aprium.base.records import Group, Sample, TeacherScores, Trajectory
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
 from aprium.model.layout import Layout
+from aprium.rl import loop
 from aprium.rl.credit import CreditConfig
 from aprium.rl.ledger import Item, Ledger
 from aprium.rl.loop import Learner, RlConfig, learn, require_continuable, run_config
 from aprium.rl.pipeline import Played
+from aprium.rl.rollout import DomainConfig
 from aprium.rl.teachers import load_models
 from aprium.train.metrics import MetricsFile
 from aprium.train.trainer import Trainer
@@ -74,6 +77,36 @@ def test_a_run_writes_what_it_says(tmp_path: Path) -> None:
     assert found["before"]["step"] == 0 and found["after"]["step"] == 4
     check_books(config.output, 4)
     assert "groups_per_step" in (config.output / "recipe.json").read_text()
+
+
+@pytest.mark.usefixtures("no_page")
+def test_what_was_trained_is_there_though_the_evaluation_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = recipe(tmp_path / "out", trainer={"steps": 1}, evaluate={"constants": 5})
+    real, evaluate = loop.constant_baselines, Learner._evaluate
+
+    def constants(domains: list[DomainConfig], count: int) -> dict[str, Any]:
+        if domains[0].name == "add":
+            raise ValueError("no answer can be graded")
+        return real(domains, count)
+
+    async def fail(learner: Learner, player: Any, step: int) -> None:
+        if step:
+            raise EngineError("gone away")
+        await evaluate(learner, player, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "_evaluate", fail)
+        with pytest.raises(EngineError, match="gone away"):
+            run_config(config)
+    load_checkpoint(config.output / "model")
+    monkeypatch.setattr(loop, "constant_baselines", constants)  # the same command goes on
+    with caplog.at_level(logging.WARNING, "aprium"):
+        assert run_config(config) == config.output / "model"
+    assert "constant answers of domain 'add' failed: no answer can be graded" in caplog.text
+    found = json.loads((config.output / "evaluation.json").read_text())
+    assert set(found["constant"]) == {"next"}
 
 
 @pytest.mark.usefixtures("no_page")
