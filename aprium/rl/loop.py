@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -99,6 +99,15 @@ class RlConfig:
                 "with rollout.pool"
             )
         _require_ratio(self.loss.policy)
+        _require_domains(self.credit, [domain.name for domain in self.domains])
+        compared = self.credit.reward_weight and self.credit.baseline != "none"
+        taught = any((self.credit.kl_weight, *self.credit.kl_weights.values()))
+        if self.rollout.group_size == 1 and compared and not (taught or self.credit.punished):
+            raise ConfigError(
+                f"rollout.group_size is 1 and credit.baseline {self.credit.baseline!r}, which "
+                "compares an episode with others of its task: raise it, or set the baseline to "
+                "'none'"
+            )
         form, teachers = self.loss.policy.distillation, self.teachers
         if form == "full" and teachers is None:
             raise ConfigError(
@@ -124,6 +133,21 @@ class RlConfig:
                 f"cluster.teachers is {self.cluster.teachers} and loss.policy.distillation is "
                 "'full', for which the trainer itself has the teachers: set it to 0"
             )
+
+
+def _require_domains(credit: CreditConfig, names: Sequence[str]) -> None:
+    """Refuse what is said of domains that there are not; raises ConfigError."""
+    asked: dict[str, Iterable[str]] = {
+        "kl_weights": credit.kl_weights,
+        "domain_weights": credit.domain_weights,
+        "effort.domains": credit.effort.domains if credit.effort is not None else (),
+    }
+    for key, found in asked.items():
+        for name in found:
+            if name not in names:
+                raise ConfigError(
+                    f"credit.{key} names {name!r}, which is no domain: there are {', '.join(names)}"
+                )
 
 
 def _require_ratio(policy: PolicyLossConfig) -> None:

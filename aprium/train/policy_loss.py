@@ -113,8 +113,8 @@ class PolicyLossConfig:
             raise ConfigError(f"{where}.fixed_length is {self.fixed_length}: it must be positive")
         if self.advantage_clip is not None and self.advantage_clip <= 0:
             raise ConfigError(
-                f"{where}.advantage_clip is {self.advantage_clip}: it must be positive; leave it "
-                "out for none"
+                f"{where}.advantage_clip is {self.advantage_clip}: it must be positive; set it to "
+                "false for none"
             )
 
 

@@ -370,6 +370,10 @@ def test_a_domains_weight_weighs_its_teacher_in_every_form(form: str) -> None:
             "eps_low is 0.1 .* one update is made of each batch",
         ),
         ({"loss": {"policy": {"ratio": "sequence"}}}, ConfigError, "proximal = 'behaviour'"),
+        ({"credit": {"domain_weights": {"ad": 1}}}, ConfigError, "names 'ad', .* are add, next"),
+        ({"credit": {"kl_weights": {"ad": 0}}}, ConfigError, "kl_weights names 'ad'"),
+        ({"credit": {"effort": {"domains": ["ad"]}}}, ConfigError, "effort.domains names 'ad'"),
+        ({"rollout": {"group_size": 1}}, ConfigError, "group_size is 1 .* 'leave_one_out'"),
         ({"curriculum": {"steps": 3}}, ConfigError, "with rollout.pool"),
         ({"rollout": {"temperature": 0.0}}, ConfigError, "episodes of a group must differ"),
         ({"engine": {"max_num_sequences": 4}}, ConfigError, "unknown key engine.max_num_sequences"),
@@ -453,6 +457,15 @@ def test_whole_distributions_need_teachers_in_the_process(tmp_path: Path) -> Non
     )
     with pytest.raises(ConfigError, match="the teacher of 'add' is 't', which is on a server"):
         run_config(config)
+
+
+def test_what_may_be_none_is_switched_off_with_false(tmp_path: Path) -> None:
+    policy = {"advantage_clip": False, "sequence_bound": False}
+    config = recipe(tmp_path / "out", evaluate=False, loss={"policy": policy})
+    assert config.evaluate is None
+    assert config.loss.policy.advantage_clip is config.loss.policy.sequence_bound is None
+    alone = recipe(tmp_path, rollout={"group_size": 1}, credit={"baseline": "none"})
+    assert alone.rollout.group_size == 1
 
 
 def test_the_shipped_recipe_can_be_read() -> None:
