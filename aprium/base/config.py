@@ -22,7 +22,8 @@ T = TypeVar("T")
 def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
     """Build dataclass `cls` from nested plain values.
 
-    Nested dataclasses take mappings, `tuple[X, ...]` takes lists, an int is taken for a float.
+    Nested dataclasses take mappings, `tuple[X, ...]` takes lists, an int is taken for a float, and
+    false for None where a field may be that and is no switch, since TOML has no null.
     `where` is the dotted path put in front of names in messages. Raises ConfigError on an unknown
     or missing key or a value of the wrong type.
     """
@@ -146,7 +147,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in args:
+    if type(None) in args and (value is None or (value is False and bool not in args)):
         return None
     options = [a for a in args if a is not type(None)]
     if len(options) == 1:

@@ -6,8 +6,8 @@ over thousands of tasks must neither end nor hang because of one.
 """
 
 import asyncio
-import time
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from aprium.envs.dialogue import ChatFormat, Dialogue
 from aprium.envs.task import Task
 
 log = get_logger("envs")
+Admit = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 Stop = Literal["done", "turns", "tokens", "deadline", "error"]
 
 
@@ -93,7 +94,7 @@ class SingleTurn(AskedOnce):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Where an episode ends: tokens in all, turns of the policy, and seconds."""
+    """Where an episode ends: tokens in all, turns of the policy, and seconds of being played."""
 
     max_tokens: int = 32_768
     max_turns: int = 32
@@ -112,21 +113,23 @@ async def run_episode(
     chat: ChatFormat,
     params: SamplingParams | None = None,
     limits: Limits | None = None,
+    admit: Admit | None = None,
 ) -> Trajectory:
     """Let `policy` play `env` to its end or a limit and return what happened.
 
     `params` are those of each turn; its `max_tokens` bounds a turn (None: by `limits` alone). A
-    turn that is cut by its bound or the budget is not graded. Never raises but for cancellation.
+    turn that is cut by its bound or the budget is not graded. `admit` gives a turn its place; the
+    seconds that it waits for one do not count. Never raises but for cancellation.
     """
-    episode = _Episode(env, policy, chat, params or SamplingParams(max_tokens=None))
+    episode = _Episode(env, policy, chat, params or SamplingParams(max_tokens=None), admit)
     limits = limits or Limits()
-    begun, error = time.monotonic(), None
+    error, clock = None, asyncio.timeout(limits.deadline_s)
     stop: Stop = "error"
     try:
-        async with asyncio.timeout(limits.deadline_s):
-            stop = await episode.play(limits)
+        async with clock:
+            stop = await episode.play(limits, clock)
     except Exception as caught:
-        late = isinstance(caught, TimeoutError) and time.monotonic() - begun >= limits.deadline_s
+        late = isinstance(caught, TimeoutError) and clock.expired()
         stop = "deadline" if late else "error"
         error = (
             f"not done in {limits.deadline_s:g} s" if late else f"{type(caught).__name__}: {caught}"
@@ -161,15 +164,22 @@ async def run_group(
 class _Episode:
     """An episode while it runs."""
 
-    def __init__(self, env: Env, policy: Policy, chat: ChatFormat, params: SamplingParams) -> None:
-        self._env, self._policy, self._params = env, policy, params
+    def __init__(
+        self,
+        env: Env,
+        policy: Policy,
+        chat: ChatFormat,
+        params: SamplingParams,
+        admit: Admit | None,
+    ) -> None:
+        self._env, self._policy, self._params, self._admit = env, policy, params, admit
         self._dialogue = Dialogue(chat, env.task.tools)
         self._reward = 0.0
         self._parts: dict[str, float] = {}
         self._defects: list[tuple[int, int, str]] = []
         self._num_turns = 0
 
-    async def play(self, limits: Limits) -> Stop:
+    async def play(self, limits: Limits, clock: asyncio.Timeout) -> Stop:
         """Take turns until the end and say what ended it."""
         messages = await self._env.reset()
         while True:
@@ -181,9 +191,10 @@ class _Episode:
                 return "tokens"
             most = min(room, self._params.max_tokens or room)
             try:
-                completion = await self._policy.complete(
-                    self._dialogue.tokens, replace(self._params, max_tokens=most)
-                )
+                async with self._placed(clock):
+                    completion = await self._policy.complete(
+                        self._dialogue.tokens, replace(self._params, max_tokens=most)
+                    )
             except RequestError as error:
                 raise RequestError(f"turn {self._num_turns + 1}: {error}") from error
             self._num_turns += 1
@@ -202,6 +213,20 @@ class _Episode:
             if step.done:
                 return "done"
             messages = step.messages
+
+    @contextlib.asynccontextmanager
+    async def _placed(self, clock: asyncio.Timeout) -> AsyncIterator[None]:
+        """Have a place for a turn, and let the clock stand while it is waited for."""
+        end = clock.when()
+        if self._admit is None or end is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        left = end - loop.time()
+        clock.reschedule(None)
+        async with self._admit():
+            clock.reschedule(loop.time() + left)
+            yield
 
     def trajectory(self, stop: Stop, error: str | None) -> Trajectory:
         """Return what happened so far as a record."""

@@ -148,11 +148,18 @@ class Credited:
 
 
 def credit(
-    group: Group, config: CreditConfig, scores: Sequence[TeacherScores | None] = ()
+    group: Group,
+    config: CreditConfig,
+    scores: Sequence[TeacherScores | None] = (),
+    *,
+    apart: bool = False,
 ) -> Credited:
     """Return the samples of `group`; `scores[i]` is what a teacher made of its trajectory i.
 
-    Raises ConfigError where `kl_weight` asks for a teacher's word on an episode and there is none.
+    With `apart` the divergence from teachers is a term of its own, which `kl_weight` alone weighs,
+    and so with the domain's weight; else `rl_weight` weighs it too (`policy.distillation`
+    "sampled"). Raises ConfigError where `kl_weight` asks for a teacher's word on an episode and
+    there is none.
     """
     everyone = zip(group.trajectories, scores or (None,) * len(group.trajectories), strict=True)
     kept = [(one, said) for one, said in everyone if one.error is None and any(one.sampled[1:])]
@@ -161,7 +168,7 @@ def credit(
     if config.drop_equal and (not rewards or max(rewards) - min(rewards) < _EQUAL):
         return Credited(samples=(), figures=figures | {"dropped": 1.0})
     samples = [
-        _sample(one, said, config.reward_weight * advantage, config)
+        _sample(one, said, config.reward_weight * advantage, config, apart)
         for (one, said), advantage in zip(kept, group_advantages(rewards, config), strict=True)
         if config.unfinished == "learn" or one.stop == "done"
     ]
@@ -254,7 +261,11 @@ def group_advantages(rewards: Sequence[float], config: CreditConfig) -> list[flo
 
 
 def _sample(
-    one: Trajectory, said: TeacherScores | None, advantage: float, config: CreditConfig
+    one: Trajectory,
+    said: TeacherScores | None,
+    advantage: float,
+    config: CreditConfig,
+    apart: bool,
 ) -> Sample:
     kl_weight = config.kl_weights.get(one.domain, config.kl_weight)
     if kl_weight and said is None:
@@ -270,6 +281,7 @@ def _sample(
             for t in range(max(1, begin), end):
                 advantages[t] = config.punished_advantage if sampled[t] else 0.0
     heard = said if kl_weight else None
+    kl_weight *= weight if apart else 1.0
     return Sample(
         tokens=one.tokens,
         ce_weight=(0.0,) * len(one.tokens),

@@ -1,6 +1,6 @@
 """A curriculum by difficulty: within each domain items drawn around a pass rate that moves down.
 
-An item's pass rate is how often it was solved, as profiled before or seen in training. Items are
+An item's pass rate is how often it was solved, as far as was seen in training. Items are
 drawn with chances of a normal distribution over it, whose mean goes from easy to hard as training
 goes on; what is always solved is left out. Domains keep fixed shares of every batch. Source: the
 curriculum of Nemotron 3 Nano (docs/training.md).

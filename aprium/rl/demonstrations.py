@@ -14,6 +14,7 @@ from typing import Any
 
 from aprium.base.errors import CheckpointError, TaskError
 from aprium.base.files import write_durably
+from aprium.base.log import get_logger
 from aprium.base.policy import Policy
 from aprium.base.records import Sample, Trajectory
 from aprium.checkpoint.hub import resolve
@@ -23,6 +24,7 @@ from aprium.engine.config import EngineConfig
 from aprium.engine.policy import EnginePolicy
 from aprium.envs.dialogue import ChatFormat
 from aprium.envs.family import take
+from aprium.envs.places import Places
 from aprium.rl.evaluate import chat_format
 from aprium.rl.ledger import Item
 from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts
@@ -31,6 +33,8 @@ from aprium.serve.remote import RemotePolicy
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 
+log = get_logger("rl")
+
 
 async def play(
     policy: Policy,
@@ -38,16 +42,27 @@ async def play(
     domains: Sequence[DomainConfig],
     rollout: RolloutConfig,
     count: int,
+    places: Places | None = None,
 ) -> list[Trajectory]:
-    """Let `policy` play `count` tasks of each domain once; those that failed are left out."""
-    rollouts = Rollouts(domains, replace(rollout, group_size=1), policy, chat)
+    """Let `policy`, which has so many `places`, play `count` tasks of each domain once.
+
+    Those that failed are left out; raises TaskError where most did.
+    """
+    rollouts = Rollouts(domains, replace(rollout, group_size=1), policy, chat, places)
     items = [
         Item(number=i * count + index, domain=domain.name, index=index)
         for i, domain in enumerate(domains)
         for index in range(count)
     ]
     groups = await asyncio.gather(*map(rollouts.play, items))
-    return [t for group in groups for t in group.trajectories if t.error is None]
+    played = [t for group in groups for t in group.trajectories]
+    errors = [t.error for t in played if t.error is not None]
+    if errors:
+        said = f"{len(errors)} of {len(played)} episodes failed, the last with {errors[-1]}"
+        if 2 * len(errors) > len(played):
+            raise TaskError(f"{said}: mend that, or give them more time (rollout.deadline_s)")
+        log.warning("%s: they are left out", said)
+    return [t for t in played if t.error is None]
 
 
 def play_checkpoint(
@@ -72,7 +87,8 @@ def play_checkpoint(
 
     async def run() -> list[Trajectory]:
         try:
-            return await play(EnginePolicy(engine), chat_format(engine), domains, rollout, count)
+            policy, chat, places = EnginePolicy(engine), chat_format(engine), Places(max_num_seqs)
+            return await play(policy, chat, domains, rollout, count, places)
         finally:
             await engine.close()
 
@@ -93,7 +109,8 @@ def play_remote(
 
     async def run() -> list[Trajectory]:
         async with RemotePolicy(remote.url, remote.model, key=key) as policy:
-            return await play(policy, chat, domains, rollout, count)
+            places = Places(remote.concurrency)
+            return await play(policy, chat, domains, rollout, count, places)
 
     return asyncio.run(run())
 

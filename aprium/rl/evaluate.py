@@ -5,6 +5,7 @@ is worth something only above what one constant answer earns (`constant_baseline
 """
 
 import asyncio
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from aprium.engine.policy import EnginePolicy
 from aprium.envs.dialogue import ChatFormat
 from aprium.envs.env import Limits, run_episode
 from aprium.envs.family import constant_baseline, distinct
+from aprium.envs.places import Places
 from aprium.envs.task import Task
 from aprium.rl.rollout import DomainConfig
 
@@ -82,10 +84,16 @@ class Evaluation:
             for task in distinct(family, config.items, seed=config.seed, held_out=True):
                 self._played.append((domain, family, task))
 
-    async def __call__(self, policy: Policy, chat: ChatFormat) -> dict[str, Accuracy]:
-        """Play all tasks, and return the accuracy of each domain by name."""
+    async def __call__(
+        self, policy: Policy, chat: ChatFormat, places: Places | None = None
+    ) -> dict[str, Accuracy]:
+        """Play all tasks, and return the accuracy of each domain by name.
+
+        `policy` has so many `places` (None: enough), of which an evaluation has the next.
+        """
         config = self._config
-        places = asyncio.Semaphore(config.concurrency)
+        under_way = asyncio.Semaphore(config.concurrency)
+        admit = functools.partial(places.taken, priority=-1) if places is not None else None
         limits = Limits(
             max_tokens=config.episode_tokens,
             max_turns=config.max_turns,
@@ -96,13 +104,14 @@ class Evaluation:
         async def play(domain: DomainConfig, family: Any, task: Task) -> Trajectory:
             seed = random.Random(f"{config.seed} {task.id}").getrandbits(48)
             most = domain.max_tokens or config.max_tokens
-            async with places:
+            async with under_way:
                 return await run_episode(
                     family.start(task),
                     policy,
                     domain.chat(chat),
                     replace(params, seed=seed, max_tokens=most),
                     limits,
+                    admit,
                 )
 
         found: dict[str, list[Trajectory]] = {}
@@ -149,7 +158,8 @@ def evaluate_checkpoint(
 
     async def evaluate() -> dict[str, Accuracy]:
         try:
-            return await evaluation(EnginePolicy(engine), chat_format(engine))
+            places = Places(max_num_seqs)
+            return await evaluation(EnginePolicy(engine), chat_format(engine), places)
         finally:
             await engine.close()
 

@@ -48,8 +48,9 @@ class Entry:
 class Ledger:
     """The file `ledger.jsonl` of the run under `output`, which one process at a time may have open.
 
-    `batches` are the items of each step, in order. `entries` are the other items, and those that
-    this process found in batches. Raises CheckpointError for a file that is damaged, in use, or
+    `batches` are the items of each step, in order, `num_issued_by` how many items of the run were
+    issued by the time they were made. `entries` are the other items, and those that this process
+    found in batches. Raises CheckpointError for a file that is damaged, in use, or
     cannot be written.
     """
 
@@ -58,6 +59,7 @@ class Ledger:
         self.batches: dict[int, tuple[int, ...]] = {}
         self.entries: dict[int, Entry] = {}
         self.num_issued = 0
+        self.num_issued_by: dict[int, int] = {}
         self._dropped: set[int] = set()
         self._compacted = 0  # batches before this step have lost what was played
         with self._explained():
@@ -102,6 +104,7 @@ class Ledger:
         with self._explained():
             os.fsync(self._file.fileno())
         self.batches[step] = tuple(numbers)
+        self.num_issued_by[step] = self.num_issued
         for number in numbers:
             del self.entries[number]
 
@@ -171,6 +174,7 @@ class Ledger:
             items = tuple(event["items"])
             self.batches[event["step"]] = items
             self.num_issued = max(self.num_issued, *(n + 1 for n in items), 0)
+            self.num_issued_by[event["step"]] = self.num_issued
             return
         number = event["item"]
         self.num_issued = max(self.num_issued, number + 1)

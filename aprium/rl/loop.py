@@ -11,17 +11,18 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from aprium.base.config import from_dict, load_toml
-from aprium.base.errors import ConfigError
+from aprium.base.errors import CheckpointError, ConfigError
 from aprium.base.log import get_logger
 from aprium.base.records import Group, Sample
 from aprium.checkpoint.hub import resolve
 from aprium.engine.config import EngineConfig
+from aprium.envs.places import Places
 from aprium.model.model import HybridModel
 from aprium.parallel.mesh import require_one_process
 from aprium.rl.cluster import Cluster, ClusterConfig, RemoteTeachers
@@ -46,6 +47,7 @@ from aprium.train.lora import LoraConfig
 from aprium.train.losses import LossConfig
 from aprium.train.metrics import MetricsFile
 from aprium.train.optim import OptimConfig
+from aprium.train.policy_loss import PolicyLossConfig
 from aprium.train.pretrain import export, recipe_text, write_json
 from aprium.train.sft import identity, open_model, read_text
 from aprium.train.trainer import Trainer, TrainerConfig
@@ -96,6 +98,16 @@ class RlConfig:
                 "[curriculum] draws tasks again by how often they were solved: say of how many "
                 "with rollout.pool"
             )
+        _require_ratio(self.loss.policy)
+        _require_domains(self.credit, [domain.name for domain in self.domains])
+        compared = self.credit.reward_weight and self.credit.baseline != "none"
+        taught = any((self.credit.kl_weight, *self.credit.kl_weights.values()))
+        if self.rollout.group_size == 1 and compared and not (taught or self.credit.punished):
+            raise ConfigError(
+                f"rollout.group_size is 1 and credit.baseline {self.credit.baseline!r}, which "
+                "compares an episode with others of its task: raise it, or set the baseline to "
+                "'none'"
+            )
         form, teachers = self.loss.policy.distillation, self.teachers
         if form == "full" and teachers is None:
             raise ConfigError(
@@ -120,6 +132,34 @@ class RlConfig:
             raise ConfigError(
                 f"cluster.teachers is {self.cluster.teachers} and loss.policy.distillation is "
                 "'full', for which the trainer itself has the teachers: set it to 0"
+            )
+
+
+def _require_domains(credit: CreditConfig, names: Sequence[str]) -> None:
+    """Refuse what is said of domains that there are not; raises ConfigError."""
+    asked: dict[str, Iterable[str]] = {
+        "kl_weights": credit.kl_weights,
+        "domain_weights": credit.domain_weights,
+        "effort.domains": credit.effort.domains if credit.effort is not None else (),
+    }
+    for key, found in asked.items():
+        for name in found:
+            if name not in names:
+                raise ConfigError(
+                    f"credit.{key} names {name!r}, which is no domain: there are {', '.join(names)}"
+                )
+
+
+def _require_ratio(policy: PolicyLossConfig) -> None:
+    """Refuse what bounds a ratio that is always 1; raises ConfigError."""
+    usual = PolicyLossConfig()
+    for name in ("ratio", "surrogate", "eps_low", "eps_high", "dual_clip"):
+        value = getattr(policy, name)
+        if policy.proximal == "start" and value != getattr(usual, name):
+            raise ConfigError(
+                f"loss.policy.{name} is {value!r} and proximal 'start': one update is made of each "
+                "batch, so the ratio to the policy at its start is 1 and nothing is clipped; set "
+                f"proximal = 'behaviour', or leave {name} out"
             )
 
 
@@ -161,14 +201,16 @@ def run_config(config: RlConfig) -> Path | None:
         if not trainer.run():
             log.info("stopped at step %d: the same command continues", trainer.progress.step)
             return None
+        if adapter is not None:  # before the evaluation, so that it is there if that fails
+            made = config.output / "adapter"
+            lora.save(adapter, made, base=config.checkpoint)
+        else:
+            made = export(model, path, config.output / "model")
         if learner.finish():
             trainer.write_page()
     finally:
         learner.close()
-    if adapter is not None:
-        lora.save(adapter, config.output / "adapter", base=config.checkpoint)
-        return config.output / "adapter"
-    return export(model, path, config.output / "model")
+    return made
 
 
 class Learner:
@@ -223,13 +265,22 @@ class Learner:
         found: dict[str, Any] = {"before": rows[0], "after": rows[-1]}
         assert self._config.evaluate is not None
         if self._config.evaluate.constants:
-            count = self._config.evaluate.constants
-            found["constant"] = constant_baselines(self._config.domains, count)
+            found["constant"] = self._constants(self._config.evaluate.constants)
         write_json(self._config.output / "evaluation.json", found)
         log.info(
             "held-out accuracy: %.3f before, %.3f after", rows[0]["accuracy"], rows[-1]["accuracy"]
         )
         return True
+
+    def _constants(self, count: int) -> dict[str, Any]:
+        """Return what constant answers earn in each domain where they can be graded."""
+        found: dict[str, Any] = {}
+        for domain in self._config.domains:
+            try:
+                found |= constant_baselines([domain], count)
+            except Exception as error:  # a family's own grader: nothing that was trained is lost
+                log.warning("constant answers of domain %r failed: %s", domain.name, error)
+        return found
 
     def close(self) -> None:
         """Stop everything that was started."""
@@ -240,7 +291,7 @@ class Learner:
     def _play(self) -> "_Player":
         if self._player is None:
             self._player = _Player(
-                self._config, self._engine, self._weights, self._path, self._dealer
+                self._config, self._engine, self._weights, self._path, self._dealer, self._step
             )
             self._pushed = None if self._step else 0  # it begins with these weights, as version 0
         return self._player
@@ -252,13 +303,10 @@ class Learner:
             player.ledger.compact(int(kept[0].name.removeprefix("step-")))
         if config is not None and (not step or (config.every and step % config.every == 0)):
             await self._evaluate(player, step)
-        recorded = player.ledger.batches.get(step)
-        if recorded is None:
+        if step not in player.ledger.batches:
             await self._push(player, step)
         else:  # deal as was dealt when the batch was made, to go on from there
-            pipeline = self._config.pipeline
-            most = pipeline.groups_per_step * (step + pipeline.max_age + 1)
-            self._dealer(max(most, *(number + 1 for number in recorded)) - 1)
+            self._dealer(player.ledger.num_issued_by[step] - 1)
         played = await player.pipeline.next_batch(step)
         self._dealer.see((one.item, one.group) for one in played)
         self._dealt = self._dealer.state_dict()
@@ -277,7 +325,8 @@ class Learner:
             return
         await self._push(player, step)
         generation = player.generation
-        found = await self._evaluation(generation.policy(priority=-1), generation.chat)
+        policy = generation.policy(priority=-1)
+        found = await self._evaluation(policy, generation.chat, player.places)
         self._metrics.append("accuracy", {"step": step} | as_figures(found))
         for name, one in found.items():
             log.info("step %d: %s %.3f +- %.3f", step, name, one.accuracy, one.standard_error)
@@ -303,10 +352,12 @@ class _Player:
         weights: Weights,
         path: Path,
         dealer: Dealer,
+        step: int,
     ) -> None:
         with contextlib.ExitStack() as undone:
             self.ledger = Ledger(config.output)
             undone.callback(self.ledger.close)
+            require_continuable(self.ledger, config, step)
             teachers = _make_teachers(config, path)
             self._cluster: Cluster | None = None
             if config.cluster is not None:
@@ -318,9 +369,11 @@ class _Player:
             if self._cluster is not None:
                 self._cluster.open()
             policy, chat = self.generation.policy(), self.generation.chat
-            self._rollouts = Rollouts(config.domains, config.rollout, policy, chat)
+            engines = config.cluster.generators if config.cluster is not None else 1
+            self.places = Places(engine.max_num_seqs * engines)
+            self._rollouts = Rollouts(config.domains, config.rollout, policy, chat, self.places)
             self._credit = config.credit
-            self._full = config.loss.policy.distillation == "full"
+            self._form = config.loss.policy.distillation
             stages = Stages(
                 generate=self._generate,
                 credit=self._learn,
@@ -343,9 +396,7 @@ class _Player:
         return tuple(await asyncio.gather(*map(self._teachers.score, group.trajectories)))
 
     async def _learn(self, group: Group, scores: Scores) -> Credited:
-        if self._full:
-            return learn_whole(group, self._credit)
-        return learn(group, self._credit, scores)
+        return learn(group, self._credit, scores, self._form)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` in the thread, and return what it returns."""
@@ -371,31 +422,69 @@ class _Player:
         await self.generation.close()
 
 
-def learn(group: Group, config: CreditConfig, scores: Scores) -> Credited:
+def require_continuable(ledger: Ledger, config: RlConfig, step: int) -> None:
+    """Check that `config` can go on from `step` with what is in `ledger`.
+
+    Raises CheckpointError where episodes are gone that a batch is to be made of again, ConfigError
+    where they were played for another recipe.
+    """
+    domains = {domain.name for domain in config.domains}
+    open_ones = {entry.item.number for entry in ledger.open_entries()}
+    again = {n: at for at, numbers in ledger.batches.items() if at >= step for n in numbers}
+    for number in sorted(open_ones | again.keys()):
+        entry = ledger.entries.get(number)
+        if entry is None or (number in again and entry.group is None):
+            raise CheckpointError(
+                f"{ledger.path} no longer has the episodes of step {again[number]}, and no "
+                f"checkpoint of {config.output} is as late: put step-* back, or use another output"
+            )
+        name = entry.item.domain
+        if name not in domains:
+            raise ConfigError(
+                f"{ledger.path} has an item of domain {name!r} to go on with and the recipe has "
+                f"none of that name: give {name!r} back, or use another output"
+            )
+        weight = config.credit.kl_weights.get(name, config.credit.kl_weight)
+        asks = weight and config.loss.policy.distillation != "full"
+        if asks and number in again and entry.scores is None:
+            raise ConfigError(
+                f"credit.kl_weight of domain {name!r} is {weight:g} and no teacher scored the "
+                f"episodes of step {again[number]} in {ledger.path}, which is to be taken again: "
+                "set it to 0 as it was, or use another output"
+            )
+
+
+def learn(group: Group, config: CreditConfig, scores: Scores, form: str = "sampled") -> Credited:
     """Return the samples of a group; an episode that its teacher failed to score gives none.
 
-    So a server that is down for a while costs some episodes, and not the run.
+    So a server that is down for a while costs some episodes, and not the run. `form` is that of
+    distillation; with "full" the trainer itself asks the teachers, about every token.
     """
+    if form == "full":
+        return _learn_whole(group, config)
+    apart = form != "sampled"
     domains = {trajectory.domain for trajectory in group.trajectories}
     if not any(config.kl_weights.get(domain, config.kl_weight) for domain in domains):
-        return credit(group, config, scores)
+        return credit(group, config, scores, apart=apart)
     pairs = zip(group.trajectories, scores, strict=True)
     kept = [(one, said) for one, said in pairs if said is not None or one.error is not None]
     found = credit(
         Group(task=group.task, trajectories=tuple(one for one, _ in kept)),
         config,
         tuple(said for _, said in kept),
+        apart=apart,
     )
     unscored = float(len(scores) - len(kept))
     return replace(found, figures={**found.figures, "unscored": unscored})
 
 
-def learn_whole(group: Group, config: CreditConfig) -> Credited:
+def _learn_whole(group: Group, config: CreditConfig) -> Credited:
     """Return the samples of a group whose teachers the trainer itself asks, about every token."""
     found = credit(group, replace(config, kl_weight=0.0, kl_weights={}))
     samples = []
     for sample in found.samples:
         weight = config.kl_weights.get(sample.domain, config.kl_weight)
+        weight *= config.domain_weights.get(sample.domain, 1.0)
         weights = tuple(weight if counts else 0.0 for counts in sample.rl_weight)
         samples.append(replace(sample, kl_weight=weights))
     return replace(found, samples=tuple(samples))

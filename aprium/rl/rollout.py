@@ -18,6 +18,7 @@ from aprium.base.records import Completion, Group, SamplingParams
 from aprium.envs.dialogue import ChatFormat
 from aprium.envs.env import Limits, run_episode
 from aprium.envs.family import Family, take
+from aprium.envs.places import Places
 from aprium.envs.registry import make
 from aprium.rl.ledger import Item
 
@@ -61,7 +62,8 @@ class RolloutConfig:
     """How tasks are played: in groups of `group_size`, sampled with `temperature`.
 
     A turn has at most `max_tokens` tokens, an episode `episode_tokens` (prompts included),
-    `max_turns` turns and `deadline_s` seconds. `seed` is of tasks and of sampling. There are `pool`
+    `max_turns` turns and `deadline_s` seconds, without those that turns wait for a place in an
+    engine. `seed` is of tasks and of sampling. There are `pool`
     tasks of each domain, which come again and again (None: always new ones). Episodes under way
     when the weights change go on from their states, or with `recompute` from states of the new
     weights.
@@ -101,7 +103,7 @@ class RolloutConfig:
 
 
 class Rollouts:
-    """Plays the items of `domains` through `policy`."""
+    """Plays the items of `domains` through `policy`, which has so many `places` (None: enough)."""
 
     def __init__(
         self,
@@ -109,8 +111,10 @@ class Rollouts:
         config: RolloutConfig,
         policy: Policy,
         chat: ChatFormat,
+        places: Places | None = None,
     ) -> None:
         self._config, self._policy = config, policy
+        self._admit = places.taken if places is not None else None
         self._domains = {domain.name: domain for domain in domains}
         if len(self._domains) < len(domains):
             raise ConfigError("two domains have one name: give each its own")
@@ -133,7 +137,12 @@ class Rollouts:
             trajectories = await asyncio.gather(
                 *(
                     run_episode(
-                        family.start(task), policy, chat, replace(params, seed=seed + i), limits
+                        family.start(task),
+                        policy,
+                        chat,
+                        replace(params, seed=seed + i),
+                        limits,
+                        self._admit,
                     )
                     for i, policy in enumerate(policies)
                 )

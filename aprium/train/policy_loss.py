@@ -33,29 +33,35 @@ _BOUNDS = (
 class PolicyLossConfig:
     """How sampled tokens with an `rl_weight` are learnt, and in what form teachers speak.
 
-    `ratio` of current and prox policy is of the token, of its whole "sequence" (geometric mean,
+    `proximal` is the policy that the trained one is held near: that at the "start" of the step, or
+    what wrote the token, its "behaviour", so that ratio and clips are of all that changed since
+    (asynchronous PPO). With "start" and one update of a batch the ratio is 1.
+
+    `ratio` of current and proximal policy is of the token, of its whole "sequence" (geometric mean,
     GSPO) or "off": value 1 (REINFORCE). "clip" takes the worse of the surrogate and the one clipped
     to 1 - `eps_low`, 1 + `eps_high` (PPO), for negative advantages no worse than `dual_clip` times
     the advantage; "cispo" clips the ratio as a weight of the log-probability, so that no token
     loses its gradient.
 
-    `mismatch` is what is made of the ratio of prox and behaviour policy: nothing, "truncate" to
-    `mismatch_low`, `mismatch_high`, or "icepop", 0 outside of them. A sequence is left out where
-    the mean of exp |log-ratio| is above `sequence_bound`, or the geometric mean of the ratio
-    outside `geometric_band`.
+    `mismatch` is what is made of the ratio of the policy at the start and behaviour policy:
+    nothing, "truncate" to `mismatch_low`, `mismatch_high`, or "icepop", 0 outside of them; it is no
+    weight of its own where `proximal` is "behaviour", since the ratio has it. A sequence is left
+    out where the mean of exp |log-ratio| is above `sequence_bound`, or the geometric mean of the
+    ratio outside `geometric_band`.
 
     `normalise` divides by the weights of all "tokens" of the step; by those of "sequences", each
     the mean of its tokens; or by "fixed" lengths of `fixed_length` (Dr. GRPO). Advantages, and the
     teacher's part of them, are clipped to plus or minus `advantage_clip`.
 
-    `distillation`: "sampled" adds `kl_weight` times (teacher - prox) of the sampled token to the
-    advantage, the reverse KL by policy gradient; the others are terms of their own, scaled by
-    `loss.kl_weight`: "k3" estimates the reverse KL from the sampled token (a penalty to stay near
-    a reference), "top_k" compares the teacher's most probable tokens and one bucket of all others,
-    "full" the vocabulary of a teacher in this process. `direction` of the last two is "reverse",
-    KL(model || teacher), or "forward".
+    `distillation`: "sampled" adds `kl_weight` times (teacher - policy at the start) of the sampled
+    token to the advantage, the reverse KL by policy gradient; the others are terms of their own,
+    scaled by `loss.kl_weight`: "k3" estimates the reverse KL from the sampled token (a penalty to
+    stay near a reference), "top_k" compares the teacher's most probable tokens and one bucket of
+    all others, "full" the vocabulary of a teacher in this process. `direction` of the last two is
+    "reverse", KL(model || teacher), or "forward".
     """
 
+    proximal: Literal["start", "behaviour"] = "start"
     ratio: Literal["token", "sequence", "off"] = "token"
     surrogate: Literal["clip", "cispo"] = "clip"
     eps_low: float = 0.2
@@ -94,6 +100,11 @@ class PolicyLossConfig:
                 f"{where}.mismatch_low and mismatch_high are {self.mismatch_low:g} and "
                 f"{self.mismatch_high:g}: 1 must lie between them, and none be negative"
             )
+        if self.proximal == "behaviour" and self.mismatch == "icepop":
+            raise ConfigError(
+                f"{where}.mismatch is 'icepop' and proximal 'behaviour', whose ratio has the "
+                "mismatch: leave it out and bound the ratio by eps_low and eps_high"
+            )
         if self.sequence_bound is not None and self.sequence_bound < 1:
             raise ConfigError(
                 f"{where}.sequence_bound is {self.sequence_bound}: the mean it bounds is never "
@@ -111,8 +122,8 @@ class PolicyLossConfig:
             raise ConfigError(f"{where}.fixed_length is {self.fixed_length}: it must be positive")
         if self.advantage_clip is not None and self.advantage_clip <= 0:
             raise ConfigError(
-                f"{where}.advantage_clip is {self.advantage_clip}: it must be positive; leave it "
-                "out for none"
+                f"{where}.advantage_clip is {self.advantage_clip}: it must be positive; set it to "
+                "false for none"
             )
 
 
@@ -171,12 +182,13 @@ def policy_losses(
     """
     with torch.no_grad():
         current = tokens.logprobs.detach()
-        prox = torch.where(tokens.prox.isnan(), current, tokens.prox)
-        behaviour = torch.where(tokens.behaviour.isnan(), prox, tokens.behaviour)
-        advantages = _advantages(tokens, prox, config)
+        start = torch.where(tokens.prox.isnan(), current, tokens.prox)
+        behaviour = torch.where(tokens.behaviour.isnan(), start, tokens.behaviour)
+        advantages = _advantages(tokens, start, config)
         mean = _Mean(tokens, gather)
-        weight = _mismatch_weight(prox - behaviour, mean, config)
-    difference = tokens.logprobs - (current if config.ratio == "off" else prox)
+        weight = _mismatch_weight(start - behaviour, mean, config)
+    proximal = behaviour if config.proximal == "behaviour" else start
+    difference = tokens.logprobs - (current if config.ratio == "off" else proximal)
     if config.ratio == "sequence":
         # The value is the sequence's, the gradient the token's (GSPO-token).
         own = tokens.logprobs - current
@@ -194,18 +206,18 @@ def policy_losses(
             gains = torch.where(gains >= floor, gains, floor)
         losses = -weight * gains
         active = gains.detach() != plain.detach()
-    gap = torch.where(tokens.kl_weights != 0, prox - tokens.teacher, torch.nan)
-    seen = (prox - behaviour).abs().exp().where(~tokens.behaviour.isnan(), torch.nan)
+    gap = torch.where(tokens.kl_weights != 0, start - tokens.teacher, torch.nan)
+    seen = (start - behaviour).abs().exp().where(~tokens.behaviour.isnan(), torch.nan)
     figures = (seen, weight == 0, active, -current, advantages, gap)
     return losses, torch.stack([figure.to(current.dtype) for figure in figures], -1)
 
 
-def _advantages(tokens: PolicyTokens, prox: Tensor, config: PolicyLossConfig) -> Tensor:
+def _advantages(tokens: PolicyTokens, start: Tensor, config: PolicyLossConfig) -> Tensor:
     bound = torch.inf if config.advantage_clip is None else config.advantage_clip
     advantages = tokens.advantages.clamp(-bound, bound)
     if config.distillation != "sampled":
         return advantages
-    said = (tokens.teacher - prox).clamp(-bound, bound)
+    said = (tokens.teacher - start).clamp(-bound, bound)
     return advantages + torch.where(tokens.kl_weights != 0, tokens.kl_weights * said, 0.0)
 
 
@@ -226,9 +238,11 @@ class _Mean:
 
 
 def _mismatch_weight(log_ratio: Tensor, mean: _Mean, config: PolicyLossConfig) -> Tensor:
-    """Return m * c: what a token counts, given the log-ratio of prox and behaviour policy."""
+    """Return m * c: what a token counts, given the log-ratio of policy at start and behaviour."""
     ratio, low, high = log_ratio.exp(), config.mismatch_low, config.mismatch_high
-    if config.mismatch == "truncate":
+    if config.proximal == "behaviour":  # c is in the ratio that is trained
+        weight = torch.ones_like(ratio)
+    elif config.mismatch == "truncate":
         weight = ratio.clamp(low, high)
     elif config.mismatch == "icepop":
         weight = ratio.where((ratio >= low) & (ratio <= high), 0.0)

@@ -46,6 +46,18 @@ def test_floats_that_are_not_finite_are_refused() -> None:
             require_finite(rates, "optim", infinite=("bound",))
 
 
+@dataclass(frozen=True)
+class _Bounded:
+    bound: int | None = 3
+
+
+def test_false_is_none_where_it_is_no_switch() -> None:
+    assert from_dict(_Bounded, {"bound": False}).bound is None
+    assert from_dict(_Bounded, {}).bound == 3
+    with pytest.raises(ConfigError, match="must be an integer"):
+        from_dict(_Bounded, {"bound": True})
+
+
 def test_round_trip() -> None:
     data = {
         "inner": {"rate": 1, "kind": "b"},

@@ -215,6 +215,9 @@ def test_teachers_and_rewards_are_weighed() -> None:
         assert sample.rl_weight == tuple(3.0 * s for s in one.sampled)
         assert sample.kl_weight == tuple(2.0 * s for s in one.sampled)
         assert sample.teacher_logprob == heard.logprobs and sample.teacher_top == heard.top
+    for sample in credit(group(one, two), config, said, apart=True).samples:
+        assert sample.kl_weight == tuple(6.0 * s for s in one.sampled)
+        assert sample.rl_weight == tuple(3.0 * s for s in one.sampled)
     pure = CreditConfig(reward_weight=0.0, kl_weight=1.0, kl_weights={"d": 0.5})
     (sample,) = credit(group(one), pure, said[:1]).samples
     assert not any(sample.advantage) and sample.kl_weight[2:] == (0.5,) * 3

@@ -76,6 +76,30 @@ def test_a_course_keeps_shares_and_drops_what_is_mastered() -> None:
     assert all(index % 2 == 0 for index in late)  # odd ones are solved each time
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 9), min_size=4, max_size=8), st.data())
+def test_a_course_that_ran_ahead_goes_on_by_how_much_was_dealt(
+    ahead: list[int], data: st.DataObject
+) -> None:
+    """Items beyond those of a batch were drawn before it was seen: as many must be again."""
+    whole, items, states, by = course(), [], [], []
+    for step, more in enumerate(ahead):
+        items += [whole(n) for n in range(len(items), max(6 * (step + 1) + more, len(items)))]
+        by.append(len(items))
+        whole.see(played(item, float(item.index % 2)) for item in items[6 * step : 6 * step + 6])
+        states.append(whole.state_dict())
+    kept = data.draw(st.integers(0, len(ahead) - 1))
+    last = data.draw(st.integers(kept, len(ahead) - 1))
+    again = course()
+    again.load_state_dict(states[kept])
+    for step in range(kept + 1, last + 1):
+        again(by[step] - 1)
+        again.see(played(item, float(item.index % 2)) for item in items[6 * step : 6 * step + 6])
+    for step in range(last + 1, len(ahead)):
+        assert [again(n) for n in range(by[step - 1], by[step])] == items[by[step - 1] : by[step]]
+        again.see(played(item, float(item.index % 2)) for item in items[6 * step : 6 * step + 6])
+
+
 def test_a_course_goes_on_from_its_state() -> None:
     whole = deal_steps(course(), range(8))
     first, second = course(), course()

@@ -11,6 +11,7 @@ from aprium.base.records import Completion, SamplingParams
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.envs.dialogue import ChatFormat
 from aprium.envs.family import distinct
+from aprium.envs.places import Places
 from aprium.rl.evaluate import (
     EvaluateConfig,
     Evaluation,
@@ -21,6 +22,7 @@ from aprium.rl.evaluate import (
 from aprium.rl.rollout import DomainConfig
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
+from tests.rl.test_demonstrations import Slow
 
 ADD = DomainConfig(name="add", family="exercises", options={"families": ["add"]}, thinking=False)
 NEXT = DomainConfig(name="next", family="exercises", options={"families": ["next"]})
@@ -60,6 +62,13 @@ def test_accuracy_counts_what_was_right_of_all() -> None:
     assert (found.accuracy, found.items, found.errors) == (2 / 6, 6, 2)
     assert found.standard_error == pytest.approx(math.sqrt(2 / 6 * 4 / 6 / 5))
     assert policy.most == 2
+
+
+def test_what_waits_for_its_place_is_not_booked_as_wrong() -> None:
+    config = EvaluateConfig(items=60, deadline_s=1.0)
+    for count, errors in ((2, False), (60, True)):
+        found = asyncio.run(Evaluation([ADD], config)(Slow(), CHAT, Places(count)))["add"]
+        assert bool(found.errors) == errors
 
 
 def test_a_checkpoint_is_evaluated_on_every_domain_and_always_the_same() -> None:

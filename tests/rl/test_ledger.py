@@ -65,6 +65,7 @@ def test_everything_is_there_after_opening_again(tmp_path: Path) -> None:
     ledger.close()
     again = Ledger(tmp_path)
     assert again.batches == {0: (1, 3)} and again.num_issued == 6
+    assert again.num_issued_by == ledger.num_issued_by == {0: 5}
     assert {entry.item.number: entry for entry in again.open_entries()} == before
     assert again.entries[0].scores == scores and again.entries[1].scores == (None,)
     assert again.entries[3].group == group(3)  # of a batch: it may be trained on again

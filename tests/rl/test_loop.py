@@ -1,6 +1,8 @@
 """The loop on pico: what a run writes, and that it goes on bit for bit after any end."""
 
+import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,14 +18,17 @@ import torch
 from safetensors.torch import load_file
 
 from aprium.base.config import load_toml
-from aprium.base.errors import ConfigError, EngineError, TaskError
-from aprium.base.records import Group, TeacherScores, Trajectory
+from aprium.base.errors import CheckpointError, ConfigError, EngineError, TaskError
+from aprium.base.records import Group, Sample, TeacherScores, Trajectory
 from aprium.checkpoint.hub import PICO_DIR
 from aprium.checkpoint.load import load_checkpoint
 from aprium.model.layout import Layout
+from aprium.rl import loop
 from aprium.rl.credit import CreditConfig
-from aprium.rl.ledger import Ledger
-from aprium.rl.loop import RlConfig, learn, run_config
+from aprium.rl.ledger import Item, Ledger
+from aprium.rl.loop import Learner, RlConfig, learn, require_continuable, run_config
+from aprium.rl.pipeline import Played
+from aprium.rl.rollout import DomainConfig
 from aprium.rl.teachers import load_models
 from aprium.train.metrics import MetricsFile
 from aprium.train.trainer import Trainer
@@ -74,6 +80,36 @@ def test_a_run_writes_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_page")
+def test_what_was_trained_is_there_though_the_evaluation_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = recipe(tmp_path / "out", trainer={"steps": 1}, evaluate={"constants": 5})
+    real, evaluate = loop.constant_baselines, Learner._evaluate
+
+    def constants(domains: list[DomainConfig], count: int) -> dict[str, Any]:
+        if domains[0].name == "add":
+            raise ValueError("no answer can be graded")
+        return real(domains, count)
+
+    async def fail(learner: Learner, player: Any, step: int) -> None:
+        if step:
+            raise EngineError("gone away")
+        await evaluate(learner, player, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "_evaluate", fail)
+        with pytest.raises(EngineError, match="gone away"):
+            run_config(config)
+    load_checkpoint(config.output / "model")
+    monkeypatch.setattr(loop, "constant_baselines", constants)  # the same command goes on
+    with caplog.at_level(logging.WARNING, "aprium"):
+        assert run_config(config) == config.output / "model"
+    assert "constant answers of domain 'add' failed: no answer can be graded" in caplog.text
+    found = json.loads((config.output / "evaluation.json").read_text())
+    assert set(found["constant"]) == {"next"}
+
+
+@pytest.mark.usefixtures("no_page")
 def test_in_turns_a_run_is_reproducible_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     straight, cut = (recipe(tmp_path / name, evaluate=None) for name in ("one", "two"))
     run_config(straight)
@@ -99,6 +135,90 @@ def test_a_curriculum_goes_on_where_it_was(tmp_path: Path) -> None:
     assert same(weights(config.output, 4), wanted)
     items = [json.loads(line) for line in lines if '"issued"' in line]
     assert max(item["index"] for item in items) < 4
+
+
+def test_a_curriculum_that_ran_ahead_deals_again_as_much_as_it_had(tmp_path: Path) -> None:
+    """With few groups at a time that is less than the age of what is played would allow."""
+    curriculum = {"rollout": {"pool": 16}, "curriculum": {"steps": 3}, "evaluate": None}
+    config = recipe(tmp_path / "out", **curriculum, pipeline={"max_age": 4, "max_groups": 1})
+
+    def learner() -> Learner:
+        return Learner(config, None, None, PICO_DIR)  # type: ignore[arg-type]
+
+    def played(item: Item) -> Played:
+        one = Trajectory(
+            task="t",
+            domain=item.domain,
+            tokens=(1, 2),
+            sampled=(False, True),
+            logprobs=(0.0, -1.0),
+            reward=1.0,
+            weight_spans=((0, 1),),
+        )
+        group = Group(task="t", trajectories=(one,) * 4)
+        return Played(item=item, group=group, learnt=learn(group, CreditConfig(), ()), age=0)
+
+    def take(learner: Learner, ledger: Ledger, items: list[Item]) -> None:
+        async def next_batch(step: int) -> list[Played]:
+            if step not in ledger.batches:
+                ledger.take(step, [item.number for item in items])
+            return [*map(played, items)]
+
+        player: Any = SimpleNamespace(
+            ledger=ledger, pipeline=SimpleNamespace(next_batch=next_batch)
+        )
+        learner._pushed = 0
+        asyncio.run(learner._next(player))
+
+    first, ledger = learner(), Ledger(config.output)
+    items = [first._dealer(number) for number in range(4)]
+    for item in items:
+        ledger.issue(item, 0)
+    take(first, ledger, items[:3])
+    wanted = [first._dealer(number) for number in range(4, 12)]
+    ledger.close()
+    again, ledger = learner(), Ledger(config.output)  # killed before there was a checkpoint
+    take(again, ledger, items[:3])
+    assert [again._dealer(number) for number in range(4, 12)] == wanted
+    ledger.close()
+
+
+def test_what_cannot_be_continued_is_refused_at_the_start(tmp_path: Path) -> None:
+    config = recipe(tmp_path / "out", evaluate=None)
+    one = Trajectory(
+        task="t",
+        domain="add",
+        tokens=(1, 2),
+        sampled=(False, True),
+        logprobs=(0.0, -1.0),
+        weight_spans=((0, 1),),
+    )
+    ledger = Ledger(config.output)
+    for number in range(3):
+        ledger.issue(Item(number=number, domain="add", index=number), 0)
+        ledger.finish(number, Group(task="t", trajectories=(one,)))
+    ledger.take(0, [0])
+    ledger.take(1, [1])
+    ledger.close()
+
+    def start(changes: dict[str, Any], step: int) -> None:
+        weights: Any = SimpleNamespace(num_bytes=0)
+        learner = Learner(recipe(config.output, evaluate=None, **changes), None, weights, PICO_DIR)  # type: ignore[arg-type]
+        learner.load_state_dict({"step": step, "dealer": {}})
+        learner.next_batch()
+
+    renamed = [{"name": "sum", "family": "exercises", "options": {"families": ["add"]}}]
+    with pytest.raises(ConfigError, match="an item of domain 'add' to go on with"):
+        start({"domains": renamed}, 2)  # item 2 is open
+    taught = {"teachers": {"default": "self"}, "credit": {"kl_weight": 1.0}}
+    with pytest.raises(ConfigError, match="no teacher scored the episodes of step 1"):
+        start(taught, 1)
+    ledger = Ledger(config.output)
+    require_continuable(ledger, recipe(config.output, **taught), 2)  # item 2 can be scored yet
+    ledger.compact(1)
+    ledger.close()
+    with pytest.raises(CheckpointError, match="no longer has the episodes of step 0"):
+        start({}, 0)  # without the checkpoint that it was compacted for
 
 
 @pytest.mark.usefixtures("no_page")
@@ -133,6 +253,22 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     check_books(config.output, 4)
     rows = MetricsFile(config.output).read("accuracy")
     assert [row["step"] for row in rows] == [0, 2, 4]
+
+
+@pytest.mark.usefixtures("no_page")
+def test_clips_bound_what_changed_since_an_episode_was_played(tmp_path: Path) -> None:
+    policy = {"proximal": "behaviour", "eps_low": 1e-3, "eps_high": 1e-3, "mismatch": "none"}
+    config = recipe(
+        tmp_path / "out",
+        pipeline={"max_age": 1},
+        optim={"lr": 1e-3},
+        loss={"policy": policy},
+        evaluate=None,
+    )
+    run_config(config)
+    rows = MetricsFile(config.output).read("train")
+    assert any(row["policy"]["clipped"] > 0 for row in rows if row["age_max"])
+    assert all(row["policy"]["clipped"] == 0 for row in rows if not row["age_max"])
 
 
 @pytest.mark.usefixtures("no_page")
@@ -192,6 +328,30 @@ def test_an_episode_without_scores_is_left_out() -> None:
     assert learn(group, CreditConfig(kl_weight=1.0), (None, None)).samples == ()
 
 
+@pytest.mark.parametrize("form", ["sampled", "k3", "top_k", "full"])
+def test_a_domains_weight_weighs_its_teacher_in_every_form(form: str) -> None:
+    """In "sampled" `rl_weight` weighs all that is said, elsewhere `kl_weight` alone the teacher."""
+
+    def sample(domain: str) -> Sample:
+        one = Trajectory(
+            task="t",
+            domain=domain,
+            tokens=(1, 2, 3),
+            sampled=(False, True, False),
+            logprobs=(0.0, -1.0, 0.0),
+            reward=1.0,
+            weight_spans=((0, 1),),
+        )
+        said = TeacherScores(teacher="x", logprobs=(0.0, -0.5, 0.0), top=({}, {1: -0.5}, {}))
+        config = CreditConfig(kl_weight=2.0, domain_weights={"light": 0.25})
+        return learn(Group(task="t", trajectories=(one,)), config, (said,), form).samples[0]
+
+    light, usual = sample("light"), sample("other")
+    assert (light.rl_weight, usual.rl_weight) == ((0.0, 0.25, 0.0), (0.0, 1.0, 0.0))
+    assert usual.kl_weight == (0.0, 2.0, 0.0)
+    assert light.kl_weight == (0.0, 2.0 if form == "sampled" else 0.5, 0.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -204,6 +364,16 @@ def test_an_episode_without_scores_is_left_out() -> None:
             ConfigError,
             "with teachers.top",
         ),
+        (
+            {"loss": {"policy": {"eps_low": 0.1}}},
+            ConfigError,
+            "eps_low is 0.1 .* one update is made of each batch",
+        ),
+        ({"loss": {"policy": {"ratio": "sequence"}}}, ConfigError, "proximal = 'behaviour'"),
+        ({"credit": {"domain_weights": {"ad": 1}}}, ConfigError, "names 'ad', .* are add, next"),
+        ({"credit": {"kl_weights": {"ad": 0}}}, ConfigError, "kl_weights names 'ad'"),
+        ({"credit": {"effort": {"domains": ["ad"]}}}, ConfigError, "effort.domains names 'ad'"),
+        ({"rollout": {"group_size": 1}}, ConfigError, "group_size is 1 .* 'leave_one_out'"),
         ({"curriculum": {"steps": 3}}, ConfigError, "with rollout.pool"),
         ({"rollout": {"temperature": 0.0}}, ConfigError, "episodes of a group must differ"),
         ({"engine": {"max_num_sequences": 4}}, ConfigError, "unknown key engine.max_num_sequences"),
@@ -287,6 +457,15 @@ def test_whole_distributions_need_teachers_in_the_process(tmp_path: Path) -> Non
     )
     with pytest.raises(ConfigError, match="the teacher of 'add' is 't', which is on a server"):
         run_config(config)
+
+
+def test_what_may_be_none_is_switched_off_with_false(tmp_path: Path) -> None:
+    policy = {"advantage_clip": False, "sequence_bound": False}
+    config = recipe(tmp_path / "out", evaluate=False, loss={"policy": policy})
+    assert config.evaluate is None
+    assert config.loss.policy.advantage_clip is config.loss.policy.sequence_bound is None
+    alone = recipe(tmp_path, rollout={"group_size": 1}, credit={"baseline": "none"})
+    assert alone.rollout.group_size == 1
 
 
 def test_the_shipped_recipe_can_be_read() -> None:

@@ -15,12 +15,15 @@ from aprium.engine.config import EngineConfig
 from aprium.engine.policy import EnginePolicy
 from aprium.engine.speculative import SpeculativeConfig
 from aprium.envs.dialogue import ChatFormat
+from aprium.envs.places import Places
 from aprium.model.model import HybridModel
 from aprium.rl.evaluate import chat_format
 from aprium.rl.ledger import Item
 from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts, forked
 from aprium.rl.weights import Weights
 from aprium.train.sft import open_model, read_text
+from tests.rl.test_demonstrations import ADD as DRY
+from tests.rl.test_demonstrations import CHAT, Slow
 
 ADD = DomainConfig(name="add", family="exercises", options={"families": ["add"]}, max_tokens=24)
 TOOLS = DomainConfig(name="tools", family="tool-use", thinking=False)
@@ -116,6 +119,20 @@ def test_a_fork_answers_as_the_policy_does(engine: AsyncEngine) -> None:
         assert engine.stats().num_running == 0
 
     asyncio.run(go())
+
+
+def test_groups_that_wait_for_places_are_not_late() -> None:
+    """More groups under way than an engine has places for, as where generation runs ahead."""
+    config = RolloutConfig(group_size=4, deadline_s=1.0)
+
+    async def go(count: int) -> list[str]:
+        rollouts = Rollouts([DRY], config, Slow(), CHAT, Places(count))
+        items = [Item(number=n, domain="add", index=n) for n in range(15)]
+        groups = await asyncio.gather(*map(rollouts.play, items))
+        return [one.stop for group in groups for one in group.trajectories]
+
+    assert set(asyncio.run(go(2))) == {"done"}
+    assert "deadline" in asyncio.run(go(60))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

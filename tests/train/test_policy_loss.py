@@ -75,6 +75,7 @@ def by_hand(logprobs: list[float], config: PolicyLossConfig, streams: dict[str, 
     for t, value in enumerate(fixed):
         prox[t] = value if math.isnan(prox[t]) else prox[t]
         behaviour[t] = prox[t] if math.isnan(behaviour[t]) else behaviour[t]
+    near = behaviour if config.proximal == "behaviour" else prox
     total = norm = 0.0
     for sequence in range(len(LENGTHS)):
         mine = [t for t, s in enumerate(SEQUENCES) if s == sequence]
@@ -92,7 +93,7 @@ def by_hand(logprobs: list[float], config: PolicyLossConfig, streams: dict[str, 
         for t in mine:
             c = math.exp(prox[t] - behaviour[t])
             inside = config.mismatch_low <= c <= config.mismatch_high
-            if config.mismatch == "none":
+            if config.mismatch == "none" or config.proximal == "behaviour":
                 c = 1.0
             elif config.mismatch == "truncate":
                 c = min(max(c, config.mismatch_low), config.mismatch_high)
@@ -104,17 +105,17 @@ def by_hand(logprobs: list[float], config: PolicyLossConfig, streams: dict[str, 
                 gap = streams["teacher"][t] - prox[t]
                 a += streams["kl_weights"][t] * min(max(gap, -bound), bound)
             if config.ratio == "token":
-                r = math.exp(logprobs[t] - prox[t])
+                r = math.exp(logprobs[t] - near[t])
             elif config.ratio == "off":
                 r = math.exp(logprobs[t] - fixed[t])
             else:
-                mean = sum(fixed[u] - prox[u] for u in mine) / len(mine)
+                mean = sum(fixed[u] - near[u] for u in mine) / len(mine)
                 r = math.exp(mean) * math.exp(logprobs[t] - fixed[t])
             low, high = 1 - config.eps_low, 1 + config.eps_high
             if config.surrogate == "cispo":
-                still = {"token": fixed[t] - prox[t], "off": 0.0}
+                still = {"token": fixed[t] - near[t], "off": 0.0}
                 still = math.exp(
-                    still.get(config.ratio, sum(fixed[u] - prox[u] for u in mine) / len(mine))
+                    still.get(config.ratio, sum(fixed[u] - near[u] for u in mine) / len(mine))
                 )
                 gain = min(max(still, low), high) * a * logprobs[t]
             else:
@@ -129,6 +130,8 @@ CASES: dict[str, PolicyLossConfig] = {
     "plain": PLAIN,
     "published": PolicyLossConfig(),
     "reinforce": replace(PLAIN, ratio="off"),
+    "behaviour": replace(PLAIN, proximal="behaviour"),
+    "behaviour-sequence": replace(PLAIN, proximal="behaviour", ratio="sequence", eps_high=1.0),
     "dual": replace(PLAIN, dual_clip=1.5),
     "wide": replace(PLAIN, eps_low=1.0, eps_high=9.0),
     "gspo": replace(PLAIN, ratio="sequence", normalise="sequences", eps_low=3e-3, eps_high=4e-3),
@@ -296,9 +299,55 @@ def test_top_k_gradient(reverse: bool) -> None:
     assert torch.autograd.gradcheck(of, (logits,))
 
 
+CLIPS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "dual": {"dual_clip": 1.5},
+    "gspo": {"ratio": "sequence", "eps_low": 0.05, "eps_high": 0.05},
+    "cispo": {"surrogate": "cispo", "eps_low": 1.0, "eps_high": 0.1},
+}
+
+
+@pytest.mark.parametrize("mismatch", ["none", "truncate"])
+@pytest.mark.parametrize("prox", [True, False], ids=["prox", "on-policy"])
+@pytest.mark.parametrize("name", CLIPS)
+def test_behaviour_as_proximal_policy_puts_the_whole_change_under_the_clips(
+    name: str, prox: bool, mismatch: Any
+) -> None:
+    """The formula in numpy: r = p / b, c = 1, m by the policy at the start, no teacher."""
+    config = replace(PLAIN, proximal="behaviour", mismatch=mismatch, **CLIPS[name])
+    config = replace(config, sequence_bound=2.0, distillation="top_k")
+    made = tokens(**({} if prox else {"prox": [math.nan] * len(SEQUENCES)}))
+    p, b, a = (numpy.array(FIXED[name]) for name in ("logprobs", "behaviour", "advantages"))
+    start = numpy.array(FIXED["prox"]) if prox else p
+    ids, weights = numpy.array(SEQUENCES), numpy.array(WEIGHTS)
+
+    def mean(values: numpy.ndarray) -> numpy.ndarray:
+        return (numpy.bincount(ids, values) / numpy.bincount(ids))[ids]
+
+    kept = mean(numpy.exp(numpy.abs(start - b))) <= 2.0
+    assert kept.any() and not kept.all()
+    ratio = numpy.exp(mean(p - b)) if name == "gspo" else numpy.exp(p - b)
+    clipped = numpy.clip(ratio, 1 - config.eps_low, 1 + config.eps_high)
+    if name == "cispo":
+        gain, slope = clipped * a * p, clipped * a
+    else:
+        gain = numpy.minimum(ratio * a, clipped * a)
+        slope = numpy.where(gain == ratio * a, ratio * a, 0.0)
+        if name == "dual":
+            floor = numpy.where(a < 0, 1.5 * a, -numpy.inf)
+            gain, slope = numpy.maximum(gain, floor), numpy.where(gain < floor, 0.0, slope)
+    assert (slope[kept] != (ratio * a)[kept]).any()  # something is clipped
+    found = loss(made, config)
+    total = weights.sum()
+    assert float(found.detach()) == pytest.approx(-(weights * kept * gain).sum() / total)
+    (gradient,) = torch.autograd.grad(found, made.logprobs)
+    numpy.testing.assert_allclose(gradient.numpy(), -weights * kept * slope / total, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
+        ({"proximal": "behaviour", "mismatch": "icepop"}, "bound the ratio by eps_low"),
         ({"eps_low": 1.5}, "eps_low"),
         ({"eps_high": -0.1}, "eps_high"),
         ({"dual_clip": 1.0}, "above 1"),
