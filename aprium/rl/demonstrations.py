@@ -39,7 +39,10 @@ async def play(
     rollout: RolloutConfig,
     count: int,
 ) -> list[Trajectory]:
-    """Let `policy` play `count` tasks of each domain once; those that failed are left out."""
+    """Let `policy` play `count` tasks of each domain once; those that failed are left out.
+
+    Raises TaskError where all of a domain did.
+    """
     rollouts = Rollouts(domains, replace(rollout, group_size=1), policy, chat)
     items = [
         Item(number=i * count + index, domain=domain.name, index=index)
@@ -47,7 +50,17 @@ async def play(
         for index in range(count)
     ]
     groups = await asyncio.gather(*map(rollouts.play, items))
-    return [t for group in groups for t in group.trajectories if t.error is None]
+    found = []
+    for i, domain in enumerate(domains):
+        mine = [t for g in groups[i * count : (i + 1) * count] for t in g.trajectories]
+        kept = [t for t in mine if t.error is None]
+        if mine and not kept:
+            raise TaskError(
+                f"all {len(mine)} episodes of {domain.name!r} failed, the last with "
+                f"{mine[-1].error}: mend that, then give the same command again"
+            )
+        found += kept
+    return found
 
 
 def play_checkpoint(

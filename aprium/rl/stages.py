@@ -331,11 +331,16 @@ def _demonstrate(stage: Stage, domain: DomainConfig, start: str) -> Path:
 
 
 def measure(stage: Stage, start: str) -> dict[str, Support]:
-    """Measure the support of the node's teachers on rollouts of `start`, unless that was done."""
+    """Measure the support of the node's teachers on rollouts of `start`, unless that was done.
+
+    Raises TaskError where the student played nothing in a domain, EngineError where its teacher
+    scored nothing: neither says that support is enough.
+    """
     file = stage.place / "support.json"
     if file.exists():
         rows = json.loads(file.read_text(encoding="utf-8"))
-        return {name: from_dict(Support, row) for name, row in rows.items()}
+        if stage.routes().keys() <= rows.keys():
+            return {name: from_dict(Support, row) for name, row in rows.items()}
     config = stage.recipe.support
     domains = [d for d in stage.recipe.domains_of(stage.name) if d.name in stage.routes()]
     if not config.rollouts:

@@ -164,6 +164,7 @@ class Teachers:
             max_model_len=config.max_model_len,
         )
         self._tallies = {name: _Tally() for name in used}
+        self.errors: dict[str, ApriumError] = {}  # why a teacher gave no scores, the last time
         self._waiting: deque[_Job] = deque()
         self._worker: asyncio.Task[None] | None = None
 
@@ -244,6 +245,7 @@ class Teachers:
         """Book that there are no scores; raises EngineError where there never are."""
         tally = self._tallies[name]
         tally.lost, tally.failures = tally.lost + 1, tally.failures + 1
+        self.errors[name] = error
         log.warning("teacher %s gives no scores for %s: %s", name, trajectory.task, error)
         if tally.failures >= self._config.max_failures:
             raise EngineError(

@@ -1,12 +1,13 @@
 """What a node's own recipe is, what it depends on, and what it would cost."""
 
+import asyncio
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aprium.base.errors import CheckpointError, ConfigError, TaskError
+from aprium.base.errors import CheckpointError, ConfigError, EngineError, TaskError
 from aprium.base.records import Trajectory
 from aprium.checkpoint.hub import resolve
 from aprium.data.sources import DataConfig, Mixture, SourceConfig, Text
@@ -15,14 +16,15 @@ from aprium.envs.family import take
 from aprium.rl import demonstrations
 from aprium.rl.costs import cost, outline
 from aprium.rl.lineage import NodeState, RoundsConfig, write_state
-from aprium.rl.rollout import DomainConfig
+from aprium.rl.rollout import DomainConfig, RolloutConfig
 from aprium.rl.rounds import check, jobs_of
-from aprium.rl.stages import Stage, digest_of, resolved, rl_config, sft_config
+from aprium.rl.stages import Stage, digest_of, measure, resolved, rl_config, sft_config
 from aprium.rl.teachers import SELF, TeachersConfig
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 from tests.rl.test_lineage import recipe
-from tests.rl.test_teachers import trajectory
+from tests.rl.test_teachers import TEXTS, trajectory
+from tests.scripted import ScriptedPolicy
 
 BASE = {
     "rl": {"trainer": {"steps": 3}, "pipeline": {"groups_per_step": 2}},
@@ -256,3 +258,34 @@ def test_solutions_cost_nothing_to_sample() -> None:
     nodes["b"] = nodes["a"] | {"teachers": {"add": "pico"}}
     one, other = (cost(config(nodes), name, 0) for name in nodes)
     assert one.trained == other.trained and other.sampled == one.sampled + 6 * 20 * 2
+
+
+def test_support_that_was_not_measured_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remotes = {"gone": {"url": "http://127.0.0.1:1", "model": "m", "retries": 0}}
+    node = {"kind": "warmup", "default": "gone", "rollouts": 6, "when": "needed"}
+    one = stage("w", nodes={"w": node}, output=str(tmp_path), remotes=remotes)
+    monkeypatch.setattr(
+        demonstrations,
+        "play_checkpoint",
+        lambda *rest: [trajectory(text, domain) for text in TEXTS for domain in ("add", "sort")],
+    )
+    for _ in range(2):  # not at the next start either
+        with pytest.raises(EngineError, match="none has scores of teacher 'gone'"):
+            measure(one, "pico")
+        assert not (one.place / "support.json").exists()
+    one.place.mkdir(parents=True)
+    (one.place / "support.json").write_text("{}")  # of no domain
+    with pytest.raises(EngineError, match="none has scores of teacher 'gone'"):
+        measure(one, "pico")
+
+
+def test_a_student_that_fails_everywhere_has_no_support() -> None:
+    path = resolve("pico")
+    chat = ChatFormat(tokenizer=Tokenizer.load(path), template=ChatTemplate.load(path))
+    domain = DomainConfig(name="add", family="exercises", options={"families": ["add"]})
+    policy = ScriptedPolicy(chat, [EngineError("it broke"), EngineError("it broke"), "x"])
+    played = demonstrations.play(policy, chat, [domain], RolloutConfig(), 2)
+    with pytest.raises(TaskError, match=r"all 2 episodes of 'add' failed, .*it broke"):
+        asyncio.run(played)
