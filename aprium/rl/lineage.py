@@ -52,7 +52,8 @@ class NodeConfig:
     for one node a domain, NAME-DOMAIN, which other nodes name together: as teachers each teaches
     its domain, as `members` all are meant, and as the `parent` of such a node the one of the same
     domain. With `once` the first seed's is that of all seeds. `evaluate` "own" has it play its
-    own domains alone when it is evaluated, false leaves it out of the figures.
+    own domains alone when it is evaluated, false leaves it out of the figures; a domain in which
+    the teacher was not evaluated has no recovery.
     """
 
     kind: Kind
