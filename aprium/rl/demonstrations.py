@@ -6,16 +6,17 @@ follows from a seed of their own, so that they are not the first that reinforcem
 
 import asyncio
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from aprium.base.errors import CheckpointError, TaskError
 from aprium.base.files import write_durably
 from aprium.base.policy import Policy
-from aprium.base.records import Sample, Trajectory
+from aprium.base.records import Group, Sample, Trajectory
 from aprium.checkpoint.hub import resolve
 from aprium.data.conversation import Style, conversation
 from aprium.engine.client import AsyncEngine
@@ -26,8 +27,7 @@ from aprium.envs.family import take
 from aprium.rl.evaluate import chat_format
 from aprium.rl.ledger import Item
 from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts
-from aprium.rl.teachers import RemoteConfig
-from aprium.serve.remote import RemotePolicy
+from aprium.rl.teachers import RemoteConfig, RemoteTeacher
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 
@@ -38,10 +38,12 @@ async def play(
     domains: Sequence[DomainConfig],
     rollout: RolloutConfig,
     count: int,
+    *,
+    concurrency: int | None = None,
 ) -> list[Trajectory]:
     """Let `policy` play `count` tasks of each domain once; those that failed are left out.
 
-    Raises TaskError where all of a domain did.
+    At most `concurrency` episodes are under way. Raises TaskError where all of a domain failed.
     """
     rollouts = Rollouts(domains, replace(rollout, group_size=1), policy, chat)
     items = [
@@ -49,7 +51,14 @@ async def play(
         for i, domain in enumerate(domains)
         for index in range(count)
     ]
-    groups = await asyncio.gather(*map(rollouts.play, items))
+    # An episode's time runs from its beginning: none begins that would only wait.
+    places = asyncio.Semaphore(concurrency or max(len(items), 1))
+
+    async def play_one(item: Item) -> Group:
+        async with places:
+            return await rollouts.play(item)
+
+    groups = await asyncio.gather(*map(play_one, items))
     found = []
     for i, domain in enumerate(domains):
         mine = [t for g in groups[i * count : (i + 1) * count] for t in g.trajectories]
@@ -93,20 +102,29 @@ def play_checkpoint(
 
 
 def play_remote(
+    name: str,
     remote: RemoteConfig,
     student: str | Path,
     domains: Sequence[DomainConfig],
     rollout: RolloutConfig,
     count: int,
+    *,
+    transport: httpx2.AsyncBaseTransport | None = None,
 ) -> list[Trajectory]:
-    """Let a model on a server play, in the words of the student's tokenizer and template."""
+    """Let teacher `name` on a server play, in the words of the student's tokenizer and template.
+
+    Raises ConfigError where the environment lacks its key, TaskError as `play` does.
+    """
     path = resolve(student)
     chat = ChatFormat(tokenizer=Tokenizer.load(path), template=ChatTemplate.load(path))
-    key = os.environ.get(remote.key_variable or "")
 
     async def run() -> list[Trajectory]:
-        async with RemotePolicy(remote.url, remote.model, key=key) as policy:
-            return await play(policy, chat, domains, rollout, count)
+        teacher = RemoteTeacher(name, remote, chat.tokenizer, transport)
+        most = remote.concurrency
+        try:
+            return await play(teacher, chat, domains, rollout, count, concurrency=most)
+        finally:
+            await teacher.close()
 
     return asyncio.run(run())
 

@@ -320,7 +320,7 @@ def _demonstrate(stage: Stage, domain: DomainConfig, start: str) -> Path:
     teacher = Located(checkpoint=start) if name == SELF else stage.locate(name)
     if teacher.remote is not None:
         remote = teacher.remote
-        played = demonstrations.play_remote(remote, start, [domain], rollout, node.rollouts)
+        played = demonstrations.play_remote(name, remote, start, [domain], rollout, node.rollouts)
     else:
         played = demonstrations.play_checkpoint(
             teacher.checkpoint, [domain], rollout, node.rollouts

@@ -12,15 +12,22 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx2
 
 from aprium.base.errors import ApriumError, ConfigError, EngineError, RequestError
 from aprium.base.log import get_logger
-from aprium.base.records import TeacherScores, Trajectory
+from aprium.base.records import (
+    Completion,
+    SamplingParams,
+    TeacherScores,
+    TopLogprobs,
+    Trajectory,
+)
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.load import load_checkpoint
 from aprium.model.model import HybridModel
@@ -30,6 +37,7 @@ from aprium.text.tokenizer import Tokenizer
 from aprium.train import lora
 
 log = get_logger("rl")
+Answer = TypeVar("Answer")
 SELF = "self"  # the student as it is at the start of a round, as its own teacher
 _PROBED = 512  # tokens that a server is asked to encode, to see that it has the student's
 
@@ -40,7 +48,7 @@ class RemoteConfig:
 
     Its key is in the environment variable `key_variable`. What is not answered in `timeout_s` or
     fails is asked again up to `retries` times, after pauses that double; at most `concurrency`
-    questions are under way.
+    questions, to score or to play a turn, are under way.
     """
 
     url: str
@@ -153,7 +161,7 @@ class Teachers:
         self._student = resolve(student)
         self._tokenizer = Tokenizer.load(self._student)
         self.local: dict[str, TeacherWeights] = {}  # those in this process
-        self._remote: dict[str, _Remote] = {}
+        self._remote: dict[str, RemoteTeacher] = {}
         for name in sorted(used):
             self._place(name, known)
         adapted = {weights.base for weights in self.local.values() if weights.adapter}
@@ -189,7 +197,9 @@ class Teachers:
         if name != SELF:
             teacher = known[name]
         if teacher.remote is not None:
-            self._remote[name] = _Remote(name, teacher.remote, self._tokenizer, self._transport)
+            self._remote[name] = RemoteTeacher(
+                name, teacher.remote, self._tokenizer, self._transport
+            )
             return
         assert teacher.checkpoint is not None
         base = resolve(teacher.checkpoint)
@@ -225,7 +235,7 @@ class Teachers:
         tally, begun = self._tallies[name], time.monotonic()
         try:
             if name in self._remote:
-                scores, top = await self._remote[name].score(tokens, self._config.top)
+                scores, top = await self._ask_remote(self._remote[name], tokens)
             else:
                 scores, top = await self._enqueue(self.local[name], tokens)
         except (RequestError, EngineError) as error:
@@ -240,6 +250,11 @@ class Teachers:
             logprobs=(0.0, *(0.0 if value is None else value for value in scores[1:])),
             top=({}, *(found or {} for found in top[1:])) if self._config.top else (),
         )
+
+    async def _ask_remote(self, remote: "RemoteTeacher", tokens: Sequence[int]) -> Scores:
+        if self._config.top:
+            return await remote.score_top(tokens, self._config.top)
+        return await remote.score(tokens), ()
 
     def _lose(self, name: str, trajectory: Trajectory, error: ApriumError) -> None:
         """Book that there are no scores; raises EngineError where there never are."""
@@ -358,15 +373,20 @@ class _Job:
             self.future.set_exception(error)
 
 
-class _Remote:
-    """A teacher on a server: asked again after failures, and checked for the same tokens once."""
+class RemoteTeacher:
+    """A teacher on a server, as a `Policy`, for the tokens of `tokenizer`.
+
+    It is asked again after failures as `config` says, and checked once for having the same tokens.
+    Close it. Raises ConfigError where the environment lacks its key. Calls raise RequestError for
+    what the server refuses, EngineError when all tries have failed, ConfigError for other tokens.
+    """
 
     def __init__(
         self,
         name: str,
         config: RemoteConfig,
         tokenizer: Tokenizer,
-        transport: httpx2.AsyncBaseTransport | None,
+        transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         key = None
         if config.key_variable is not None:
@@ -382,16 +402,27 @@ class _Remote:
         self._checking = asyncio.Lock()
         self._checked = False
 
-    async def score(self, tokens: Sequence[int], top: int) -> Scores:
-        """Return scores; raises RequestError, or EngineError when all tries have failed."""
+    async def complete(self, tokens: Sequence[int], params: SamplingParams) -> Completion:
+        """Continue `tokens`; see `Policy`."""
+        return await self._ask(lambda: self._policy.complete(tokens, params))
+
+    async def score(self, tokens: Sequence[int]) -> list[float | None]:
+        """Return the log-probability of each token given those before it; see `Policy`."""
+        return await self._ask(lambda: self._policy.score(tokens))
+
+    async def score_top(
+        self, tokens: Sequence[int], count: int
+    ) -> tuple[list[float | None], list[TopLogprobs]]:
+        """Return what `score` does, and the `count` most probable tokens at each."""
+        return await self._ask(lambda: self._policy.score_top(tokens, count))
+
+    async def _ask(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
         async with self._places:
             for attempt in range(self._config.retries + 1):
                 try:
                     async with asyncio.timeout(self._config.timeout_s):
                         await self._check()
-                        if top:
-                            return await self._policy.score_top(tokens, top)
-                        return await self._policy.score(tokens), ()
+                        return await call()
                 except (EngineError, TimeoutError) as error:
                     if attempt == self._config.retries:
                         cause = str(error) or f"no answer in {self._config.timeout_s:g} s"
@@ -423,4 +454,5 @@ class _Remote:
             self._checked = True
 
     async def close(self) -> None:
+        """Close the connections."""
         await self._policy.close()
