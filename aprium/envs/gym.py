@@ -61,7 +61,7 @@ def own_task(row: Row) -> Task:
 def row_task(row: Row, domain: str) -> Task:
     """Return the task of any row, to be graded by its own server: its data is the row.
 
-    Its domain is `agent_ref.name`, by which teachers are chosen, `domain` where the row has none.
+    Its domain is `agent_ref.name`, by which its server is chosen, `domain` where the row has none.
     Its key is what is asked: one of our own families' is kept, so that an item is on the same side
     of the split wherever it is played. Raises TaskError for what is no row.
     """

@@ -118,7 +118,10 @@ class Rollouts:
         self._chats = {domain.name: domain.chat(chat) for domain in domains}
 
     async def play(self, item: Item) -> Group:
-        """Play the group of an item; what fails in an episode is a trajectory with an error."""
+        """Play the group of an item; what fails in an episode is a trajectory with an error.
+
+        All are of the item's domain, whatever its family calls its tasks.
+        """
         config, family = self._config, self._families[item.domain]
         domain = self._domains[item.domain]
         task = take(family, item.index, seed=config.seed)
@@ -138,7 +141,8 @@ class Rollouts:
                     for i, policy in enumerate(policies)
                 )
             )
-        return Group(task=task.id, trajectories=tuple(trajectories))
+        named = tuple(replace(one, domain=domain.name) for one in trajectories)
+        return Group(task=task.id, trajectories=named)
 
 
 @contextlib.asynccontextmanager
