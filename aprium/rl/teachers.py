@@ -8,6 +8,7 @@ error.
 """
 
 import asyncio
+import copy
 import os
 import random
 import time
@@ -21,6 +22,7 @@ import httpx2
 
 from aprium.base.errors import ApriumError, ConfigError, EngineError, RequestError
 from aprium.base.log import get_logger
+from aprium.base.memory import available_bytes
 from aprium.base.records import (
     Completion,
     SamplingParams,
@@ -30,7 +32,9 @@ from aprium.base.records import (
 )
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.load import load_checkpoint
+from aprium.model.linear import Matrix
 from aprium.model.model import HybridModel
+from aprium.quantize.merge import Overlay
 from aprium.rl.residents import Base, Residents, Scores, TeacherWeights
 from aprium.serve.remote import RemotePolicy
 from aprium.text.tokenizer import Tokenizer
@@ -336,11 +340,14 @@ def load_models(
 ) -> dict[str, HybridModel]:
     """Return the teacher of each domain as a model in this process, for their whole distributions.
 
-    Each stays in the formats of its file. Raises ConfigError for a domain without one, or one on a
-    server.
+    Each stays in the formats of its file, and adapters over one base share its tensors. Raises
+    ConfigError for a domain without one, or one on a server, and for more than
+    `teachers.memory_bytes` of weights together.
     """
+    limit = config.memory_bytes if config.memory_bytes is not None else available_bytes() // 2
+    bases: dict[Path, HybridModel] = {}
     found: dict[TeacherWeights, HybridModel] = {}
-    models = {}
+    models, taken = {}, 0
     known = Teachers(config, student=student, routes=routes)
     for domain in routes:
         name = known.teacher_of(domain)
@@ -351,13 +358,38 @@ def load_models(
                 "it a checkpoint, or use 'sampled' or 'top_k'"
             )
         weights = known.local[name]
-        if weights not in found:
+        if weights.base not in bases:
+            taken = _take(taken, Overlay(weights.base).num_bytes, limit, name)
             model = load_checkpoint(weights.base, load="memory").model
-            if weights.adapter is not None:
-                lora.load(model, weights.adapter)
+            bases[weights.base] = found[TeacherWeights(weights.base, None)] = model
+            model.requires_grad_(False)
+        if weights not in found:
+            assert weights.adapter is not None
+            model = _sharing(bases[weights.base])
+            factors = lora.load(model, weights.adapter).parameters().values()
+            taken = _take(taken, sum(value.nbytes for value in factors), limit, name)
             found[weights] = model.requires_grad_(False)
         models[domain] = found[weights]
     return models
+
+
+def _take(taken: int, num_bytes: int, limit: int, name: str) -> int:
+    """Return `taken` with `num_bytes` more, for teacher `name`; raises ConfigError over `limit`."""
+    if taken + num_bytes > limit:
+        raise ConfigError(
+            f"with teacher {name!r} the teachers of distillation 'full' take {taken + num_bytes} "
+            f"bytes and teachers.memory_bytes is {limit}: raise it, or use 'sampled' or 'top_k', "
+            "whose teachers are opened in turn"
+        )
+    return taken + num_bytes
+
+
+def _sharing(model: HybridModel) -> HybridModel:
+    """Return a model of its own over the same tensors, to put factors beside them."""
+    parts = (m.parts for m in model.modules() if isinstance(m, Matrix))
+    stacks = [value for one in parts for values in one.values() for value in values]
+    shared = (*model.parameters(), *model.buffers(), *stacks)
+    return copy.deepcopy(model, {id(value): value for value in shared})
 
 
 @dataclass(eq=False)
