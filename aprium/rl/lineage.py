@@ -320,6 +320,12 @@ def _check_node(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:
             raise ConfigError(f"{where}.members: name two nodes or more to average")
         if node.weights and len(node.weights) != len(node.members):
             raise ConfigError(f"{where}.weights: give one for each of the members, or none")
+        total = sum(node.weights)
+        if node.weights and (total == 0 or not math.isfinite(total)):
+            raise ConfigError(
+                f"{where}.weights is {list(node.weights)}: their sum must be a number, and not 0"
+            )
+    _check_measured(recipe, where, node)
     for other in (node.parent, *node.members, *node.teachers.values(), node.default):
         _check_source(recipe, where, other, teacher=other not in (node.parent, *node.members))
     for parent in recipe.parents(name):
@@ -328,6 +334,18 @@ def _check_node(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:
                 f"{where}.once: it starts from {parent!r}, which every seed makes anew: set once "
                 "there as well, or leave it out"
             )
+
+
+def _check_measured(recipe: RoundsConfig, where: str, node: NodeConfig) -> None:
+    """Raise ConfigError for rollouts that cannot be played, of teachers or to measure support."""
+    if node.rollouts < 0:
+        raise ConfigError(f"{where}.rollouts is {node.rollouts}: it must not be negative")
+    asks = "when = 'needed'" if node.when == "needed" else "adapt = true" if node.adapt else None
+    if asks is not None and not recipe.support.rollouts:
+        raise ConfigError(
+            f"{where} has {asks}, which support decides, and support.rollouts is 0: set it above "
+            "0, or leave that out"
+        )
 
 
 def _check_domains(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:

@@ -147,7 +147,9 @@ def resolved(recipe: RoundsConfig, name: str, seed: int) -> dict[str, Any]:
         values["start"] = recipe.checkpoint
     try:
         if node.kind in ("rl", "mopd"):
-            config = to_dict(rl_config(stage, Path("-"), "-", TeachersConfig()))
+            made = rl_config(stage, Path("-"), "-", TeachersConfig())
+            _check_form(stage, made)
+            config = to_dict(made)
         elif node.kind in ("sft", "warmup"):
             taught = dict.fromkeys(stage.routes(), Path("-"))
             config = to_dict(sft_config(stage, Path("-"), "-", taught))
@@ -167,6 +169,18 @@ def resolved(recipe: RoundsConfig, name: str, seed: int) -> dict[str, Any]:
             if name in recipe.remotes
         }
     return values
+
+
+def _check_form(stage: Stage, config: RlConfig) -> None:
+    """Raise ConfigError where teachers on servers are asked for their whole distributions."""
+    if config.loss.policy.distillation != "full" or stage.recipe.nodes[stage.name].adapt:
+        return  # with `adapt` support says which form, and it is never that one
+    for domain, name in stage.routes().items():
+        if name in stage.recipe.remotes:
+            raise ConfigError(
+                f"loss.policy.distillation is 'full' and the teacher of {domain!r} is {name!r}, "
+                "which is on a server: give it a checkpoint, or use 'sampled' or 'top_k'"
+            )
 
 
 def digest_of(recipe: RoundsConfig, name: str, seed: int) -> str:
@@ -343,8 +357,6 @@ def measure(stage: Stage, start: str) -> dict[str, Support]:
             return {name: from_dict(Support, row) for name, row in rows.items()}
     config = stage.recipe.support
     domains = [d for d in stage.recipe.domains_of(stage.name) if d.name in stage.routes()]
-    if not config.rollouts:
-        raise ConfigError("support.rollouts is 0 and support is asked for: set it above 0")
     rollout = dataclasses.replace(stage.rollout(), seed=stage.seed + _MEASURED)
     played = demonstrations.play_checkpoint(start, domains, rollout, config.rollouts)
     options = settings(stage.recipe, stage.name).get("teachers", {})

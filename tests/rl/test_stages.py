@@ -127,6 +127,20 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(node: Any, wor
         check(broken, [])
 
 
+def test_a_teacher_on_a_server_cannot_give_whole_distributions() -> None:
+    remotes = {"there": {"url": "http://there", "model": "m"}}
+    full = {"loss": {"policy": {"distillation": "full"}}}
+    node = {"kind": "mopd", "teachers": {"add": "there"}, "default": "self", "config": full}
+    broken = config({"a": node}, remotes=remotes)
+    words = "nodes.a: .*'full' and the teacher of 'add' is 'there', which is on a server"
+    with pytest.raises(ConfigError, match=words):
+        check(broken, [])
+    with pytest.raises(ConfigError, match=words):
+        outline(broken)
+    outline(config({"a": node | {"adapt": True}}, remotes=remotes))  # support says which form
+    outline(config({"a": node | {"teachers": {"add": "pico"}}}, remotes=remotes))
+
+
 def test_a_digest_stands_for_a_node_and_what_it_came_from() -> None:
     plain = config()
     digests = {name: digest_of(plain, name, 0) for name in plain.nodes}
