@@ -35,6 +35,8 @@ log = get_logger("rl")
 # Tasks that are not the first of reinforcement learning with the same seed.
 _DEMONSTRATED, _MEASURED = 10_000, 20_000
 _GIVEN = ("output", "checkpoint", "domains")  # of a node's own recipe, by the graph
+# What is looked into before the recipe is read as a whole; a table after the one it is in.
+_TABLES = ("trainer", "rollout", "data", "credit", "teachers", "loss", "loss.policy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +113,21 @@ class Stage:
 
 
 def settings(recipe: RoundsConfig, name: str) -> dict[str, Any]:
-    """Return the keys that a node's own recipe is given; raises ConfigError for the graph's own."""
+    """Return the keys that a node's own recipe is given.
+
+    Raises ConfigError for the graph's own, and where there must be a table and is none.
+    """
     node = recipe.nodes[name]
     values = _merged(recipe.base.get(node.kind, {}), node.config)
+    for dotted in _TABLES:
+        table: Any = values
+        for key in dotted.split("."):
+            table = table.get(key, {})
+        if not isinstance(table, Mapping):
+            raise ConfigError(
+                f"{dotted} of [base.{node.kind}] or nodes.{name}.config is {table!r}: it must be a "
+                "table, as in { KEY = VALUE }"
+            )
     given = [key for key in _GIVEN if key in values]
     given += [f"{t}.seed" for t in ("trainer", "rollout", "data") if "seed" in values.get(t, {})]
     if given:
@@ -196,6 +210,8 @@ def sft_config(
     """Return the recipe of fine-tuning, with `samples` of teachers by domain beside its data."""
     values = settings(stage.recipe, stage.name)
     data = dict(values.get("data", {}))
+    if not isinstance(data.get("sources", []), list | tuple):
+        raise ConfigError(f"data.sources is {data['sources']!r}: it must be a list of tables")
     weights = {domain.name: domain.weight for domain in stage.recipe.domains_of(stage.name)}
     data["sources"] = [
         *data.get("sources", ()),
@@ -205,8 +221,10 @@ def sft_config(
         ),
     ]
     if samples:
-        data.setdefault("max_length", stage.recipe.rollout.episode_tokens)
-        values.setdefault("tokens_per_step", max(4096, data["max_length"]))
+        longest = data.setdefault("max_length", stage.recipe.rollout.episode_tokens)
+        if not isinstance(longest, int):
+            raise ConfigError(f"data.max_length is {longest!r}: it must be of type int")
+        values.setdefault("tokens_per_step", max(4096, longest))
     values["data"] = {**data, "seed": stage.seed}
     values["trainer"] = {**values.get("trainer", {}), "seed": stage.seed}
     return from_dict(SftConfig, {**values, "output": output, "checkpoint": checkpoint})

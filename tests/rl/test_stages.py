@@ -127,6 +127,32 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(node: Any, wor
         check(broken, [])
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        ("rl", {"trainer": 3}, "trainer of .base.rl. or nodes.a.config is 3: it must be a table"),
+        ("rl", {"rollout": [1]}, r"rollout of .* is \[1\]: it must be a table"),
+        ("mopd", {"loss": 3}, "loss of .* is 3: it must be a table"),
+        ("mopd", {"loss": {"policy": 3}}, "loss.policy of .* is 3: it must be a table"),
+        ("mopd", {"teachers": 3}, "teachers of .* is 3"),
+        ("mopd", {"credit": "x"}, "credit of .* is 'x'"),
+        ("warmup", {"data": "x"}, "data of .* is 'x'"),
+        ("warmup", {"data": {"sources": 3}}, "data.sources is 3: it must be a list"),
+        ("warmup", {"data": {"max_length": "x"}}, "data.max_length is 'x': it must be of type int"),
+    ],
+)
+def test_what_is_of_the_wrong_type_is_said(kind: str, values: Any, words: str) -> None:
+    node: dict[str, Any] = {"kind": kind}
+    if kind != "rl":
+        node["default"] = "self"
+    if kind == "warmup":
+        node["rollouts"] = 4
+    with pytest.raises(ConfigError, match=words):
+        outline(recipe({"a": node}, base={kind: values}))
+    with pytest.raises(ConfigError, match=words):
+        outline(recipe({"a": node | {"config": values}}))
+
+
 def test_a_teacher_on_a_server_cannot_give_whole_distributions() -> None:
     remotes = {"there": {"url": "http://there", "model": "m"}}
     full = {"loss": {"policy": {"distillation": "full"}}}
