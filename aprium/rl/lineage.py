@@ -153,13 +153,11 @@ class RoundsConfig:
             return found
         if until not in self.nodes:
             raise ConfigError(f"no node {until!r}: choose of {', '.join(self.nodes)}")
-        needed = {until, *self._above(until)}
+        needed = {until}
+        for name in reversed(found):  # those that need a node come before it here
+            if name in needed:
+                needed.update(graph[name])
         return tuple(name for name in found if name in needed)
-
-    def _above(self, name: str) -> Iterator[str]:
-        for parent in self.parents(name):
-            yield parent
-            yield from self._above(parent)
 
     def domains_of(self, name: str) -> tuple[DomainConfig, ...]:
         """Return the domains that node `name` works on, with their weights there."""

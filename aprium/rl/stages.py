@@ -197,11 +197,19 @@ def _check_form(stage: Stage, config: RlConfig) -> None:
             )
 
 
-def digest_of(recipe: RoundsConfig, name: str, seed: int) -> str:
-    """Return a name for a node's settings and those of all that it came from."""
-    parents = [digest_of(recipe, parent, seed) for parent in recipe.parents(name)]
-    seed = recipe.seeds[0] if recipe.nodes[name].once else seed
-    return digest([resolved(recipe, name, seed), parents])
+def digest_of(
+    recipe: RoundsConfig, name: str, seed: int, known: dict[tuple[str, int], str] | None = None
+) -> str:
+    """Return a name for a node's settings and those of all that it came from.
+
+    `known` has those of this recipe that were made before, and is given what is made here.
+    """
+    known = {} if known is None else known
+    if (name, seed) not in known:
+        parents = [digest_of(recipe, parent, seed, known) for parent in recipe.parents(name)]
+        own = recipe.seeds[0] if recipe.nodes[name].once else seed
+        known[name, seed] = digest([resolved(recipe, name, own), parents])
+    return known[name, seed]
 
 
 def sft_config(

@@ -13,9 +13,9 @@ from aprium.checkpoint.hub import resolve
 from aprium.data.sources import DataConfig, Mixture, SourceConfig, Text
 from aprium.envs.dialogue import ChatFormat, Dialogue
 from aprium.envs.family import take
-from aprium.rl import demonstrations
+from aprium.rl import demonstrations, stages
 from aprium.rl.costs import cost, outline
-from aprium.rl.lineage import NodeState, RoundsConfig, write_state
+from aprium.rl.lineage import NodeState, RoundsConfig, digest, write_state
 from aprium.rl.rollout import DomainConfig, RolloutConfig
 from aprium.rl.rounds import check, jobs_of
 from aprium.rl.stages import Stage, digest_of, measure, resolved, rl_config, sft_config
@@ -183,6 +183,41 @@ def test_a_digest_stands_for_a_node_and_what_it_came_from() -> None:
     assert digests["adder"] == digest_of(config(silent), "adder", 0)
     started = digest_of(config(checkpoint="runs/other"), "rlvr", 0)
     assert started != digests["rlvr"]
+
+
+def rounds(count: int) -> RoundsConfig:
+    """Return rounds in each of which a specialist branches off, and teaches."""
+    nodes: dict[str, Any] = {"s0": {"kind": "rl"}}
+    for i in range(count):
+        nodes[f"t{i}"] = {"kind": "rl", "parent": f"s{i}"}
+        nodes[f"s{i + 1}"] = {"kind": "mopd", "parent": f"s{i}", "default": f"t{i}"}
+    return config(nodes)
+
+
+def test_a_digest_is_made_of_its_parents_digests_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = rounds(3)
+
+    def plain(name: str) -> str:
+        return digest([resolved(few, name, 4), [plain(parent) for parent in few.parents(name)]])
+
+    assert digest_of(few, "s3", 4) == plain("s3")
+    asked: list[str] = []
+    monkeypatch.setattr(stages, "resolved", lambda recipe, name, seed: asked.append(name) or name)
+    many = rounds(14)
+    known: dict[tuple[str, int], str] = {}
+    digest_of(many, "s14", 0, known)
+    assert sorted(asked) == sorted(many.nodes)  # and not thousands of times
+    digest_of(many, "t13", 0, known)
+    assert len(asked) == len(many.nodes)
+
+
+def test_what_a_node_needs_is_looked_for_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    many, asked, real = rounds(14), [], RoundsConfig.parents
+    monkeypatch.setattr(
+        RoundsConfig, "parents", lambda self, name: asked.append(name) or real(self, name)
+    )
+    assert set(many.order("s14")) == set(many.nodes)
+    assert len(asked) == len(many.nodes)
 
 
 def test_what_a_node_was_run_with_is_not_changed_under_it(tmp_path: Path) -> None:
