@@ -36,6 +36,7 @@ from aprium.rl.evaluate import (
 )
 from aprium.rl.figures import Tally
 from aprium.rl.generation import Embedded, Generation
+from aprium.rl.judging import GroupJudge, JudgeConfig
 from aprium.rl.ledger import Item, Ledger, Scores
 from aprium.rl.pipeline import Pipeline, PipelineConfig, Played, Stages
 from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts
@@ -62,8 +63,9 @@ class RlConfig:
     engine that plays, such as `max_num_seqs` or `speculative`. `optimizer` "adamw" trains
     everything with `optim.lr`, "muon" matrices with `optim.muon_lr`. `lora` trains adapters beside
     the weights, which may then be quantised. `teachers` score the episodes of domains that name
-    one. A `curriculum` goes from easy to hard ones of `rollout.pool` tasks. With `cluster` engines
-    and teachers are Ray actors; see `rl/cluster.py`. Paths are relative to the working directory.
+    one, and a `judge` compares those of a group for their rewards. A `curriculum` goes from easy to
+    hard ones of `rollout.pool` tasks. With `cluster` engines and teachers are Ray actors; see
+    `rl/cluster.py`. Paths are relative to the working directory.
     """
 
     output: Path
@@ -84,6 +86,7 @@ class RlConfig:
     engine: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig | None = None
     teachers: TeachersConfig | None = None
+    judge: JudgeConfig | None = None
     curriculum: CurriculumConfig | None = None
     cluster: ClusterConfig | None = None
 
@@ -96,6 +99,8 @@ class RlConfig:
                 "[curriculum] draws tasks again by how often they were solved: say of how many "
                 "with rollout.pool"
             )
+        if self.judge is not None:
+            self._check_judge(self.judge)
         form, teachers = self.loss.policy.distillation, self.teachers
         if form == "full" and teachers is None:
             raise ConfigError(
@@ -120,6 +125,19 @@ class RlConfig:
             raise ConfigError(
                 f"cluster.teachers is {self.cluster.teachers} and loss.policy.distillation is "
                 "'full', for which the trainer itself has the teachers: set it to 0"
+            )
+
+    def _check_judge(self, judge: JudgeConfig) -> None:
+        names = [domain.name for domain in self.domains]
+        for name in judge.domains:
+            if name not in names:
+                raise ConfigError(
+                    f"judge.domains names {name!r}: those of [[domains]] are {', '.join(names)}"
+                )
+        if self.rollout.group_size < 2:
+            raise ConfigError(
+                "[judge] compares the episodes of a group and rollout.group_size is "
+                f"{self.rollout.group_size}: set it to 2 or more"
             )
 
 
@@ -318,7 +336,11 @@ class _Player:
             if self._cluster is not None:
                 self._cluster.open()
             policy, chat = self.generation.policy(), self.generation.chat
-            self._rollouts = Rollouts(config.domains, config.rollout, policy, chat)
+            self._judge = None
+            if config.judge is not None:
+                self._judge = judge = GroupJudge(config.judge, path)
+                undone.callback(lambda: asyncio.run(judge.close()))
+            self._rollouts = Rollouts(config.domains, config.rollout, policy, chat, self._judge)
             self._credit = config.credit
             self._full = config.loss.policy.distillation == "full"
             stages = Stages(
@@ -366,6 +388,8 @@ class _Player:
 
     async def _close(self) -> None:
         await self.pipeline.close()
+        if self._judge is not None:
+            await self._judge.close()
         if self._teachers is not None:
             await self._teachers.close()
         await self.generation.close()

@@ -19,6 +19,7 @@ from aprium.envs.dialogue import ChatFormat
 from aprium.envs.env import Limits, run_episode
 from aprium.envs.family import Family, take
 from aprium.envs.registry import make
+from aprium.rl.judging import GroupJudge, Heard
 from aprium.rl.ledger import Item
 
 
@@ -101,7 +102,7 @@ class RolloutConfig:
 
 
 class Rollouts:
-    """Plays the items of `domains` through `policy`."""
+    """Plays the items of `domains` through `policy`, where `judge` compares episodes if given."""
 
     def __init__(
         self,
@@ -109,8 +110,9 @@ class Rollouts:
         config: RolloutConfig,
         policy: Policy,
         chat: ChatFormat,
+        judge: GroupJudge | None = None,
     ) -> None:
-        self._config, self._policy = config, policy
+        self._config, self._policy, self._judge = config, policy, judge
         self._domains = {domain.name: domain for domain in domains}
         if len(self._domains) < len(domains):
             raise ConfigError("two domains have one name: give each its own")
@@ -132,15 +134,16 @@ class Rollouts:
             top_p=config.top_p,
         )
         chat, limits = self._chats[item.domain], config.limits()
+        envs = [Heard(family.start(task)) for _ in range(config.group_size)]
         async with forked(self._policy, config.group_size, seed) as policies:
             trajectories = await asyncio.gather(
                 *(
-                    run_episode(
-                        family.start(task), policy, chat, replace(params, seed=seed + i), limits
-                    )
-                    for i, policy in enumerate(policies)
+                    run_episode(env, policy, chat, replace(params, seed=seed + i), limits)
+                    for i, (env, policy) in enumerate(zip(envs, policies, strict=True))
                 )
             )
+        if self._judge is not None and self._judge.judges(domain.name):
+            trajectories = await self._judge.grade(task, trajectories, envs)
         named = tuple(replace(one, domain=domain.name) for one in trajectories)
         return Group(task=task.id, trajectories=named)
 

@@ -51,7 +51,7 @@ class Server:
 
 
 def play(server: Server, count: int = 6, **options: Any) -> list[Trajectory]:
-    remote = RemoteConfig(url="http://there", model="m", **({"timeout_s": 0.3} | options))
+    remote = RemoteConfig(url="http://there", model="m", **({"timeout_s": 0.3} | options))  # type: ignore[arg-type]
     transport = httpx2.MockTransport(server)
     return play_remote("t", remote, "pico", [DOMAIN], RolloutConfig(), count, transport=transport)
 
