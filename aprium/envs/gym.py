@@ -61,7 +61,7 @@ def own_task(row: Row) -> Task:
 def row_task(row: Row, domain: str) -> Task:
     """Return the task of any row, to be graded by its own server: its data is the row.
 
-    Its domain is `agent_ref.name`, by which teachers are chosen, `domain` where the row has none.
+    Its domain is `agent_ref.name`, by which its server is chosen, `domain` where the row has none.
     Its key is what is asked: one of our own families' is kept, so that an item is on the same side
     of the split wherever it is played. Raises TaskError for what is no row.
     """
@@ -86,10 +86,12 @@ def _asked(row: Row) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
         raise TaskError(f"a row has no {PARAMS}.input: {str(dict(row))[:80]}")
     if isinstance(given, list) and not all(isinstance(item, Mapping) for item in given):
         raise TaskError(f"{PARAMS}.input has an item that is no object: {str(given)[:80]}")
-    instructions = params.get("instructions")
+    instructions, offered = params.get("instructions"), params.get("tools") or ()
+    if not isinstance(offered, list | tuple) or not all(isinstance(t, Mapping) for t in offered):
+        raise TaskError(f"{PARAMS}.tools is no list of objects: {str(offered)[:80]}")
     first = (Message(role="system", content=instructions),) if instructions else ()
     try:
-        tools = tuple(chat_tool(tool, i) for i, tool in enumerate(params.get("tools") or ()))
+        tools = tuple(chat_tool(tool, i) for i, tool in enumerate(offered))
         return (*first, *read_items(given)), tools
     except RequestError as error:
         raise TaskError(f"a row cannot be asked: {error}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aprium.rl.lineage import SOLUTIONS, RoundsConfig, read_state
 from aprium.rl.rollout import DomainConfig, RolloutConfig
-from aprium.rl.stages import Stage, rl_config, sft_config
+from aprium.rl.stages import Stage, resolved, rl_config, sft_config
 from aprium.rl.teachers import TeachersConfig
 
 
@@ -89,6 +89,7 @@ def outline(recipe: RoundsConfig, until: str | None = None) -> list[dict[str, st
     rows, total = [], Cost()
     for name in recipe.order(until):
         node = recipe.nodes[name]
+        resolved(recipe, name, recipe.seeds[0])  # what cannot be costs nothing
         one = cost(recipe, name, recipe.seeds[0])
         seeds = recipe.seeds[:1] if node.once else recipe.seeds
         for _ in seeds:

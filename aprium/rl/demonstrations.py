@@ -6,11 +6,12 @@ follows from a seed of their own, so that they are not the first that reinforcem
 
 import asyncio
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import httpx2
 
 from aprium.base.errors import CheckpointError, TaskError
 from aprium.base.files import write_durably
@@ -28,8 +29,7 @@ from aprium.envs.places import Places
 from aprium.rl.evaluate import chat_format
 from aprium.rl.ledger import Item
 from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts
-from aprium.rl.teachers import RemoteConfig
-from aprium.serve.remote import RemotePolicy
+from aprium.rl.teachers import RemoteConfig, RemoteTeacher
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ async def play(
 ) -> list[Trajectory]:
     """Let `policy`, which has so many `places`, play `count` tasks of each domain once.
 
-    Those that failed are left out; raises TaskError where most did.
+    Those that failed are left out; raises TaskError where most did, or all of a domain.
     """
     rollouts = Rollouts(domains, replace(rollout, group_size=1), policy, chat, places)
     items = [
@@ -56,6 +56,13 @@ async def play(
     ]
     groups = await asyncio.gather(*map(rollouts.play, items))
     played = [t for group in groups for t in group.trajectories]
+    for domain in domains:
+        mine = [t.error for t in played if t.domain == domain.name]
+        if mine and None not in mine:
+            raise TaskError(
+                f"all {len(mine)} episodes of {domain.name!r} failed, the last with "
+                f"{mine[-1]}: mend that, then give the same command again"
+            )
     errors = [t.error for t in played if t.error is not None]
     if errors:
         said = f"{len(errors)} of {len(played)} episodes failed, the last with {errors[-1]}"
@@ -96,21 +103,29 @@ def play_checkpoint(
 
 
 def play_remote(
+    name: str,
     remote: RemoteConfig,
     student: str | Path,
     domains: Sequence[DomainConfig],
     rollout: RolloutConfig,
     count: int,
+    *,
+    transport: httpx2.AsyncBaseTransport | None = None,
 ) -> list[Trajectory]:
-    """Let a model on a server play, in the words of the student's tokenizer and template."""
+    """Let teacher `name` on a server play, in the words of the student's tokenizer and template.
+
+    Raises ConfigError where the environment lacks its key, TaskError as `play` does.
+    """
     path = resolve(student)
     chat = ChatFormat(tokenizer=Tokenizer.load(path), template=ChatTemplate.load(path))
-    key = os.environ.get(remote.key_variable or "")
 
     async def run() -> list[Trajectory]:
-        async with RemotePolicy(remote.url, remote.model, key=key) as policy:
+        teacher = RemoteTeacher(name, remote, chat.tokenizer, transport)
+        try:
             places = Places(remote.concurrency)
-            return await play(policy, chat, domains, rollout, count, places)
+            return await play(teacher, chat, domains, rollout, count, places)
+        finally:
+            await teacher.close()
 
     return asyncio.run(run())
 

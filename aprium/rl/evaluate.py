@@ -105,7 +105,7 @@ class Evaluation:
             seed = random.Random(f"{config.seed} {task.id}").getrandbits(48)
             most = domain.max_tokens or config.max_tokens
             async with under_way:
-                return await run_episode(
+                played = await run_episode(
                     family.start(task),
                     policy,
                     domain.chat(chat),
@@ -113,6 +113,7 @@ class Evaluation:
                     limits,
                     admit,
                 )
+            return replace(played, domain=domain.name)  # whatever its family calls its tasks
 
         found: dict[str, list[Trajectory]] = {}
         for trajectory in await asyncio.gather(*(play(*one) for one in self._played)):

@@ -52,7 +52,8 @@ class NodeConfig:
     for one node a domain, NAME-DOMAIN, which other nodes name together: as teachers each teaches
     its domain, as `members` all are meant, and as the `parent` of such a node the one of the same
     domain. With `once` the first seed's is that of all seeds. `evaluate` "own" has it play its
-    own domains alone when it is evaluated, false leaves it out of the figures.
+    own domains alone when it is evaluated, false leaves it out of the figures; a domain in which
+    the teacher was not evaluated has no recovery.
     """
 
     kind: Kind
@@ -152,13 +153,11 @@ class RoundsConfig:
             return found
         if until not in self.nodes:
             raise ConfigError(f"no node {until!r}: choose of {', '.join(self.nodes)}")
-        needed = {until, *self._above(until)}
+        needed = {until}
+        for name in reversed(found):  # those that need a node come before it here
+            if name in needed:
+                needed.update(graph[name])
         return tuple(name for name in found if name in needed)
-
-    def _above(self, name: str) -> Iterator[str]:
-        for parent in self.parents(name):
-            yield parent
-            yield from self._above(parent)
 
     def domains_of(self, name: str) -> tuple[DomainConfig, ...]:
         """Return the domains that node `name` works on, with their weights there."""
@@ -319,6 +318,12 @@ def _check_node(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:
             raise ConfigError(f"{where}.members: name two nodes or more to average")
         if node.weights and len(node.weights) != len(node.members):
             raise ConfigError(f"{where}.weights: give one for each of the members, or none")
+        total = sum(node.weights)
+        if node.weights and (total == 0 or not math.isfinite(total)):
+            raise ConfigError(
+                f"{where}.weights is {list(node.weights)}: their sum must be a number, and not 0"
+            )
+    _check_measured(recipe, where, node)
     for other in (node.parent, *node.members, *node.teachers.values(), node.default):
         _check_source(recipe, where, other, teacher=other not in (node.parent, *node.members))
     for parent in recipe.parents(name):
@@ -327,6 +332,18 @@ def _check_node(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:
                 f"{where}.once: it starts from {parent!r}, which every seed makes anew: set once "
                 "there as well, or leave it out"
             )
+
+
+def _check_measured(recipe: RoundsConfig, where: str, node: NodeConfig) -> None:
+    """Raise ConfigError for rollouts that cannot be played, of teachers or to measure support."""
+    if node.rollouts < 0:
+        raise ConfigError(f"{where}.rollouts is {node.rollouts}: it must not be negative")
+    asks = "when = 'needed'" if node.when == "needed" else "adapt = true" if node.adapt else None
+    if asks is not None and not recipe.support.rollouts:
+        raise ConfigError(
+            f"{where} has {asks}, which support decides, and support.rollouts is 0: set it above "
+            "0, or leave that out"
+        )
 
 
 def _check_domains(recipe: RoundsConfig, name: str, node: NodeConfig) -> None:

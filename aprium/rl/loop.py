@@ -37,6 +37,7 @@ from aprium.rl.evaluate import (
 )
 from aprium.rl.figures import Tally
 from aprium.rl.generation import Embedded, Generation
+from aprium.rl.judging import GroupJudge, JudgeConfig
 from aprium.rl.ledger import Item, Ledger, Scores
 from aprium.rl.pipeline import Pipeline, PipelineConfig, Played, Stages
 from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts
@@ -64,8 +65,9 @@ class RlConfig:
     engine that plays, such as `max_num_seqs` or `speculative`. `optimizer` "adamw" trains
     everything with `optim.lr`, "muon" matrices with `optim.muon_lr`. `lora` trains adapters beside
     the weights, which may then be quantised. `teachers` score the episodes of domains that name
-    one. A `curriculum` goes from easy to hard ones of `rollout.pool` tasks. With `cluster` engines
-    and teachers are Ray actors; see `rl/cluster.py`. Paths are relative to the working directory.
+    one, and a `judge` compares those of a group for their rewards. A `curriculum` goes from easy to
+    hard ones of `rollout.pool` tasks. With `cluster` engines and teachers are Ray actors; see
+    `rl/cluster.py`. Paths are relative to the working directory.
     """
 
     output: Path
@@ -86,6 +88,7 @@ class RlConfig:
     engine: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig | None = None
     teachers: TeachersConfig | None = None
+    judge: JudgeConfig | None = None
     curriculum: CurriculumConfig | None = None
     cluster: ClusterConfig | None = None
 
@@ -108,6 +111,8 @@ class RlConfig:
                 "compares an episode with others of its task: raise it, or set the baseline to "
                 "'none'"
             )
+        if self.judge is not None:
+            self._check_judge(self.judge)
         form, teachers = self.loss.policy.distillation, self.teachers
         if form == "full" and teachers is None:
             raise ConfigError(
@@ -132,6 +137,19 @@ class RlConfig:
             raise ConfigError(
                 f"cluster.teachers is {self.cluster.teachers} and loss.policy.distillation is "
                 "'full', for which the trainer itself has the teachers: set it to 0"
+            )
+
+    def _check_judge(self, judge: JudgeConfig) -> None:
+        names = [domain.name for domain in self.domains]
+        for name in judge.domains:
+            if name not in names:
+                raise ConfigError(
+                    f"judge.domains names {name!r}: those of [[domains]] are {', '.join(names)}"
+                )
+        if self.rollout.group_size < 2:
+            raise ConfigError(
+                "[judge] compares the episodes of a group and rollout.group_size is "
+                f"{self.rollout.group_size}: set it to 2 or more"
             )
 
 
@@ -371,7 +389,13 @@ class _Player:
             policy, chat = self.generation.policy(), self.generation.chat
             engines = config.cluster.generators if config.cluster is not None else 1
             self.places = Places(engine.max_num_seqs * engines)
-            self._rollouts = Rollouts(config.domains, config.rollout, policy, chat, self.places)
+            self._judge = None
+            if config.judge is not None:
+                self._judge = judge = GroupJudge(config.judge, path)
+                undone.callback(lambda: asyncio.run(judge.close()))
+            self._rollouts = Rollouts(
+                config.domains, config.rollout, policy, chat, self.places, self._judge
+            )
             self._credit = config.credit
             self._form = config.loss.policy.distillation
             stages = Stages(
@@ -417,6 +441,8 @@ class _Player:
 
     async def _close(self) -> None:
         await self.pipeline.close()
+        if self._judge is not None:
+            await self._judge.close()
         if self._teachers is not None:
             await self._teachers.close()
         await self.generation.close()

@@ -218,6 +218,7 @@ def table(recipe: RoundsConfig) -> dict[str, Any]:
                 for seen in per_seed.values()
                 if {name, baseline, *asked.values()} <= seen.keys()
                 and all(asked.keys() <= seen[one].keys() for one in (name, baseline))
+                and all(domain in seen[teacher] for domain, teacher in asked.items())
             ]
             one = over_seeds(found)
             row[domain] = None if one is None else asdict(one)

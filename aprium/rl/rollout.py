@@ -20,6 +20,7 @@ from aprium.envs.env import Limits, run_episode
 from aprium.envs.family import Family, take
 from aprium.envs.places import Places
 from aprium.envs.registry import make
+from aprium.rl.judging import GroupJudge, Heard
 from aprium.rl.ledger import Item
 
 
@@ -103,7 +104,10 @@ class RolloutConfig:
 
 
 class Rollouts:
-    """Plays the items of `domains` through `policy`, which has so many `places` (None: enough)."""
+    """Plays the items of `domains` through `policy`, which has so many `places` (None: enough).
+
+    With a `judge` the episodes of a group are compared for their rewards.
+    """
 
     def __init__(
         self,
@@ -112,8 +116,9 @@ class Rollouts:
         policy: Policy,
         chat: ChatFormat,
         places: Places | None = None,
+        judge: GroupJudge | None = None,
     ) -> None:
-        self._config, self._policy = config, policy
+        self._config, self._policy, self._judge = config, policy, judge
         self._admit = places.taken if places is not None else None
         self._domains = {domain.name: domain for domain in domains}
         if len(self._domains) < len(domains):
@@ -122,7 +127,10 @@ class Rollouts:
         self._chats = {domain.name: domain.chat(chat) for domain in domains}
 
     async def play(self, item: Item) -> Group:
-        """Play the group of an item; what fails in an episode is a trajectory with an error."""
+        """Play the group of an item; what fails in an episode is a trajectory with an error.
+
+        All are of the item's domain, whatever its family calls its tasks.
+        """
         config, family = self._config, self._families[item.domain]
         domain = self._domains[item.domain]
         task = take(family, item.index, seed=config.seed)
@@ -133,21 +141,20 @@ class Rollouts:
             top_p=config.top_p,
         )
         chat, limits = self._chats[item.domain], config.limits()
+        envs = [Heard(family.start(task)) for _ in range(config.group_size)]
         async with forked(self._policy, config.group_size, seed) as policies:
             trajectories = await asyncio.gather(
                 *(
                     run_episode(
-                        family.start(task),
-                        policy,
-                        chat,
-                        replace(params, seed=seed + i),
-                        limits,
-                        self._admit,
+                        env, policy, chat, replace(params, seed=seed + i), limits, self._admit
                     )
-                    for i, policy in enumerate(policies)
+                    for i, (env, policy) in enumerate(zip(envs, policies, strict=True))
                 )
             )
-        return Group(task=task.id, trajectories=tuple(trajectories))
+        if self._judge is not None and self._judge.judges(domain.name):
+            trajectories = await self._judge.grade(task, trajectories, envs)
+        named = tuple(replace(one, domain=domain.name) for one in trajectories)
+        return Group(task=task.id, trajectories=named)
 
 
 @contextlib.asynccontextmanager

@@ -88,10 +88,11 @@ def check(recipe: RoundsConfig, waiting: list[Job]) -> None:
     """Raise ConfigError for settings that cannot be, or that were others when a node began."""
     for name in recipe.nodes:
         resolved(recipe, name, recipe.seeds[0])
+    digests: dict[tuple[str, int], str] = {}
     for name, seed in waiting:
         place = recipe.place(name, seed)
         state = read_state(place)
-        if state is not None and state.digest != digest_of(recipe, name, seed):
+        if state is not None and state.digest != digest_of(recipe, name, seed, digests):
             what = _changed(state.config, resolved(recipe, name, seed))
             raise ConfigError(
                 f"node {name!r} was run with other settings ({what}): set them back, use another "

@@ -35,6 +35,8 @@ log = get_logger("rl")
 # Tasks that are not the first of reinforcement learning with the same seed.
 _DEMONSTRATED, _MEASURED = 10_000, 20_000
 _GIVEN = ("output", "checkpoint", "domains")  # of a node's own recipe, by the graph
+# What is looked into before the recipe is read as a whole; a table after the one it is in.
+_TABLES = ("trainer", "rollout", "data", "credit", "teachers", "loss", "loss.policy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +113,21 @@ class Stage:
 
 
 def settings(recipe: RoundsConfig, name: str) -> dict[str, Any]:
-    """Return the keys that a node's own recipe is given; raises ConfigError for the graph's own."""
+    """Return the keys that a node's own recipe is given.
+
+    Raises ConfigError for the graph's own, and where there must be a table and is none.
+    """
     node = recipe.nodes[name]
     values = _merged(recipe.base.get(node.kind, {}), node.config)
+    for dotted in _TABLES:
+        table: Any = values
+        for key in dotted.split("."):
+            table = table.get(key, {})
+        if not isinstance(table, Mapping):
+            raise ConfigError(
+                f"{dotted} of [base.{node.kind}] or nodes.{name}.config is {table!r}: it must be a "
+                "table, as in { KEY = VALUE }"
+            )
     given = [key for key in _GIVEN if key in values]
     given += [f"{t}.seed" for t in ("trainer", "rollout", "data") if "seed" in values.get(t, {})]
     if given:
@@ -147,7 +161,9 @@ def resolved(recipe: RoundsConfig, name: str, seed: int) -> dict[str, Any]:
         values["start"] = recipe.checkpoint
     try:
         if node.kind in ("rl", "mopd"):
-            config = to_dict(rl_config(stage, Path("-"), "-", TeachersConfig()))
+            made = rl_config(stage, Path("-"), "-", TeachersConfig())
+            _check_form(stage, made)
+            config = to_dict(made)
         elif node.kind in ("sft", "warmup"):
             taught = dict.fromkeys(stage.routes(), Path("-"))
             config = to_dict(sft_config(stage, Path("-"), "-", taught))
@@ -169,11 +185,31 @@ def resolved(recipe: RoundsConfig, name: str, seed: int) -> dict[str, Any]:
     return values
 
 
-def digest_of(recipe: RoundsConfig, name: str, seed: int) -> str:
-    """Return a name for a node's settings and those of all that it came from."""
-    parents = [digest_of(recipe, parent, seed) for parent in recipe.parents(name)]
-    seed = recipe.seeds[0] if recipe.nodes[name].once else seed
-    return digest([resolved(recipe, name, seed), parents])
+def _check_form(stage: Stage, config: RlConfig) -> None:
+    """Raise ConfigError where teachers on servers are asked for their whole distributions."""
+    if config.loss.policy.distillation != "full" or stage.recipe.nodes[stage.name].adapt:
+        return  # with `adapt` support says which form, and it is never that one
+    for domain, name in stage.routes().items():
+        if name in stage.recipe.remotes:
+            raise ConfigError(
+                f"loss.policy.distillation is 'full' and the teacher of {domain!r} is {name!r}, "
+                "which is on a server: give it a checkpoint, or use 'sampled' or 'top_k'"
+            )
+
+
+def digest_of(
+    recipe: RoundsConfig, name: str, seed: int, known: dict[tuple[str, int], str] | None = None
+) -> str:
+    """Return a name for a node's settings and those of all that it came from.
+
+    `known` has those of this recipe that were made before, and is given what is made here.
+    """
+    known = {} if known is None else known
+    if (name, seed) not in known:
+        parents = [digest_of(recipe, parent, seed, known) for parent in recipe.parents(name)]
+        own = recipe.seeds[0] if recipe.nodes[name].once else seed
+        known[name, seed] = digest([resolved(recipe, name, own), parents])
+    return known[name, seed]
 
 
 def sft_config(
@@ -182,6 +218,8 @@ def sft_config(
     """Return the recipe of fine-tuning, with `samples` of teachers by domain beside its data."""
     values = settings(stage.recipe, stage.name)
     data = dict(values.get("data", {}))
+    if not isinstance(data.get("sources", []), list | tuple):
+        raise ConfigError(f"data.sources is {data['sources']!r}: it must be a list of tables")
     weights = {domain.name: domain.weight for domain in stage.recipe.domains_of(stage.name)}
     data["sources"] = [
         *data.get("sources", ()),
@@ -191,8 +229,10 @@ def sft_config(
         ),
     ]
     if samples:
-        data.setdefault("max_length", stage.recipe.rollout.episode_tokens)
-        values.setdefault("tokens_per_step", max(4096, data["max_length"]))
+        longest = data.setdefault("max_length", stage.recipe.rollout.episode_tokens)
+        if not isinstance(longest, int):
+            raise ConfigError(f"data.max_length is {longest!r}: it must be of type int")
+        values.setdefault("tokens_per_step", max(4096, longest))
     values["data"] = {**data, "seed": stage.seed}
     values["trainer"] = {**values.get("trainer", {}), "seed": stage.seed}
     return from_dict(SftConfig, {**values, "output": output, "checkpoint": checkpoint})
@@ -320,7 +360,7 @@ def _demonstrate(stage: Stage, domain: DomainConfig, start: str) -> Path:
     teacher = Located(checkpoint=start) if name == SELF else stage.locate(name)
     if teacher.remote is not None:
         remote = teacher.remote
-        played = demonstrations.play_remote(remote, start, [domain], rollout, node.rollouts)
+        played = demonstrations.play_remote(name, remote, start, [domain], rollout, node.rollouts)
     else:
         played = demonstrations.play_checkpoint(
             teacher.checkpoint, [domain], rollout, node.rollouts
@@ -331,15 +371,18 @@ def _demonstrate(stage: Stage, domain: DomainConfig, start: str) -> Path:
 
 
 def measure(stage: Stage, start: str) -> dict[str, Support]:
-    """Measure the support of the node's teachers on rollouts of `start`, unless that was done."""
+    """Measure the support of the node's teachers on rollouts of `start`, unless that was done.
+
+    Raises TaskError where the student played nothing in a domain, EngineError where its teacher
+    scored nothing: neither says that support is enough.
+    """
     file = stage.place / "support.json"
     if file.exists():
         rows = json.loads(file.read_text(encoding="utf-8"))
-        return {name: from_dict(Support, row) for name, row in rows.items()}
+        if stage.routes().keys() <= rows.keys():
+            return {name: from_dict(Support, row) for name, row in rows.items()}
     config = stage.recipe.support
     domains = [d for d in stage.recipe.domains_of(stage.name) if d.name in stage.routes()]
-    if not config.rollouts:
-        raise ConfigError("support.rollouts is 0 and support is asked for: set it above 0")
     rollout = dataclasses.replace(stage.rollout(), seed=stage.seed + _MEASURED)
     played = demonstrations.play_checkpoint(start, domains, rollout, config.rollouts)
     options = settings(stage.recipe, stage.name).get("teachers", {})

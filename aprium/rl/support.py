@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from aprium.base.errors import ConfigError, EngineError
+from aprium.base.errors import ApriumError, ConfigError, EngineError
 from aprium.base.records import TeacherScores, TopLogprobs, Trajectory
 from aprium.rl.teachers import SELF, Teachers, TeachersConfig
 
@@ -159,18 +159,30 @@ async def score_support(
 ) -> dict[str, Support]:
     """Let teachers and student score rollouts of the student; return the support of each domain.
 
-    Domains without a teacher, and trajectories that it could not score, are left out.
+    Domains without a teacher, and trajectories that it could not score, are left out. Raises
+    EngineError for a domain with a teacher of which nothing was scored: its support is not known.
     """
     asked = replace(teachers, top=config.top, strict=False)
     found: list[list[TeacherScores | None]] = []
+    causes: dict[str, ApriumError] = {}
     for some in (routes, dict.fromkeys(routes, SELF)):
         opened = Teachers(asked, student=student, routes=some)
         try:
             found.append(list(await asyncio.gather(*map(opened.score, trajectories))))
         finally:
             await opened.close()
+        causes = {**opened.errors, **causes}
     domains: dict[str, list[tuple[Trajectory, TeacherScores, TeacherScores]]] = {}
     for trajectory, theirs, own in zip(trajectories, *found, strict=True):
         if theirs is not None and own is not None:
             domains.setdefault(trajectory.domain, []).append((trajectory, theirs, own))
+    for domain, teacher in routes.items():
+        name = teacher or teachers.default
+        if name is not None and domain not in domains:
+            played = sum(trajectory.domain == domain for trajectory in trajectories)
+            raise EngineError(
+                f"of {played} episodes of {domain!r} none has scores of teacher {name!r} and of "
+                f"the student ({causes.get(name) or causes.get(SELF) or 'no more is known'}): mend "
+                "that, then give the same command again"
+            )
     return {name: measure(*map(list, zip(*rows, strict=True))) for name, rows in domains.items()}

@@ -8,28 +8,40 @@ error.
 """
 
 import asyncio
+import copy
 import os
 import random
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx2
 
 from aprium.base.errors import ApriumError, ConfigError, EngineError, RequestError
 from aprium.base.log import get_logger
-from aprium.base.records import TeacherScores, Trajectory
+from aprium.base.memory import available_bytes
+from aprium.base.records import (
+    Completion,
+    SamplingParams,
+    TeacherScores,
+    TopLogprobs,
+    Trajectory,
+)
 from aprium.checkpoint.hub import resolve
 from aprium.checkpoint.load import load_checkpoint
+from aprium.model.linear import Matrix
 from aprium.model.model import HybridModel
+from aprium.quantize.merge import Overlay
 from aprium.rl.residents import Base, Residents, Scores, TeacherWeights
 from aprium.serve.remote import RemotePolicy
 from aprium.text.tokenizer import Tokenizer
 from aprium.train import lora
 
 log = get_logger("rl")
+Answer = TypeVar("Answer")
 SELF = "self"  # the student as it is at the start of a round, as its own teacher
 _PROBED = 512  # tokens that a server is asked to encode, to see that it has the student's
 
@@ -40,7 +52,7 @@ class RemoteConfig:
 
     Its key is in the environment variable `key_variable`. What is not answered in `timeout_s` or
     fails is asked again up to `retries` times, after pauses that double; at most `concurrency`
-    questions are under way.
+    questions, to score or to play a turn, are under way.
     """
 
     url: str
@@ -153,7 +165,7 @@ class Teachers:
         self._student = resolve(student)
         self._tokenizer = Tokenizer.load(self._student)
         self.local: dict[str, TeacherWeights] = {}  # those in this process
-        self._remote: dict[str, _Remote] = {}
+        self._remote: dict[str, RemoteTeacher] = {}
         for name in sorted(used):
             self._place(name, known)
         adapted = {weights.base for weights in self.local.values() if weights.adapter}
@@ -164,6 +176,7 @@ class Teachers:
             max_model_len=config.max_model_len,
         )
         self._tallies = {name: _Tally() for name in used}
+        self.errors: dict[str, ApriumError] = {}  # why a teacher gave no scores, the last time
         self._waiting: deque[_Job] = deque()
         self._worker: asyncio.Task[None] | None = None
 
@@ -188,7 +201,9 @@ class Teachers:
         if name != SELF:
             teacher = known[name]
         if teacher.remote is not None:
-            self._remote[name] = _Remote(name, teacher.remote, self._tokenizer, self._transport)
+            self._remote[name] = RemoteTeacher(
+                name, teacher.remote, self._tokenizer, self._transport
+            )
             return
         assert teacher.checkpoint is not None
         base = resolve(teacher.checkpoint)
@@ -224,7 +239,7 @@ class Teachers:
         tally, begun = self._tallies[name], time.monotonic()
         try:
             if name in self._remote:
-                scores, top = await self._remote[name].score(tokens, self._config.top)
+                scores, top = await self._ask_remote(self._remote[name], tokens)
             else:
                 scores, top = await self._enqueue(self.local[name], tokens)
         except (RequestError, EngineError) as error:
@@ -240,10 +255,16 @@ class Teachers:
             top=({}, *(found or {} for found in top[1:])) if self._config.top else (),
         )
 
+    async def _ask_remote(self, remote: "RemoteTeacher", tokens: Sequence[int]) -> Scores:
+        if self._config.top:
+            return await remote.score_top(tokens, self._config.top)
+        return await remote.score(tokens), ()
+
     def _lose(self, name: str, trajectory: Trajectory, error: ApriumError) -> None:
         """Book that there are no scores; raises EngineError where there never are."""
         tally = self._tallies[name]
         tally.lost, tally.failures = tally.lost + 1, tally.failures + 1
+        self.errors[name] = error
         log.warning("teacher %s gives no scores for %s: %s", name, trajectory.task, error)
         if tally.failures >= self._config.max_failures:
             raise EngineError(
@@ -319,11 +340,14 @@ def load_models(
 ) -> dict[str, HybridModel]:
     """Return the teacher of each domain as a model in this process, for their whole distributions.
 
-    Each stays in the formats of its file. Raises ConfigError for a domain without one, or one on a
-    server.
+    Each stays in the formats of its file, and adapters over one base share its tensors. Raises
+    ConfigError for a domain without one, or one on a server, and for more than
+    `teachers.memory_bytes` of weights together.
     """
+    limit = config.memory_bytes if config.memory_bytes is not None else available_bytes() // 2
+    bases: dict[Path, HybridModel] = {}
     found: dict[TeacherWeights, HybridModel] = {}
-    models = {}
+    models, taken = {}, 0
     known = Teachers(config, student=student, routes=routes)
     for domain in routes:
         name = known.teacher_of(domain)
@@ -334,13 +358,38 @@ def load_models(
                 "it a checkpoint, or use 'sampled' or 'top_k'"
             )
         weights = known.local[name]
-        if weights not in found:
+        if weights.base not in bases:
+            taken = _take(taken, Overlay(weights.base).num_bytes, limit, name)
             model = load_checkpoint(weights.base, load="memory").model
-            if weights.adapter is not None:
-                lora.load(model, weights.adapter)
+            bases[weights.base] = found[TeacherWeights(weights.base, None)] = model
+            model.requires_grad_(False)
+        if weights not in found:
+            assert weights.adapter is not None
+            model = _sharing(bases[weights.base])
+            factors = lora.load(model, weights.adapter).parameters().values()
+            taken = _take(taken, sum(value.nbytes for value in factors), limit, name)
             found[weights] = model.requires_grad_(False)
         models[domain] = found[weights]
     return models
+
+
+def _take(taken: int, num_bytes: int, limit: int, name: str) -> int:
+    """Return `taken` with `num_bytes` more, for teacher `name`; raises ConfigError over `limit`."""
+    if taken + num_bytes > limit:
+        raise ConfigError(
+            f"with teacher {name!r} the teachers of distillation 'full' take {taken + num_bytes} "
+            f"bytes and teachers.memory_bytes is {limit}: raise it, or use 'sampled' or 'top_k', "
+            "whose teachers are opened in turn"
+        )
+    return taken + num_bytes
+
+
+def _sharing(model: HybridModel) -> HybridModel:
+    """Return a model of its own over the same tensors, to put factors beside them."""
+    parts = (m.parts for m in model.modules() if isinstance(m, Matrix))
+    stacks = [value for one in parts for values in one.values() for value in values]
+    shared = (*model.parameters(), *model.buffers(), *stacks)
+    return copy.deepcopy(model, {id(value): value for value in shared})
 
 
 @dataclass(eq=False)
@@ -356,15 +405,20 @@ class _Job:
             self.future.set_exception(error)
 
 
-class _Remote:
-    """A teacher on a server: asked again after failures, and checked for the same tokens once."""
+class RemoteTeacher:
+    """A teacher on a server, as a `Policy`, for the tokens of `tokenizer`.
+
+    It is asked again after failures as `config` says, and checked once for having the same tokens.
+    Close it. Raises ConfigError where the environment lacks its key. Calls raise RequestError for
+    what the server refuses, EngineError when all tries have failed, ConfigError for other tokens.
+    """
 
     def __init__(
         self,
         name: str,
         config: RemoteConfig,
         tokenizer: Tokenizer,
-        transport: httpx2.AsyncBaseTransport | None,
+        transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         key = None
         if config.key_variable is not None:
@@ -380,16 +434,27 @@ class _Remote:
         self._checking = asyncio.Lock()
         self._checked = False
 
-    async def score(self, tokens: Sequence[int], top: int) -> Scores:
-        """Return scores; raises RequestError, or EngineError when all tries have failed."""
+    async def complete(self, tokens: Sequence[int], params: SamplingParams) -> Completion:
+        """Continue `tokens`; see `Policy`."""
+        return await self._ask(lambda: self._policy.complete(tokens, params))
+
+    async def score(self, tokens: Sequence[int]) -> list[float | None]:
+        """Return the log-probability of each token given those before it; see `Policy`."""
+        return await self._ask(lambda: self._policy.score(tokens))
+
+    async def score_top(
+        self, tokens: Sequence[int], count: int
+    ) -> tuple[list[float | None], list[TopLogprobs]]:
+        """Return what `score` does, and the `count` most probable tokens at each."""
+        return await self._ask(lambda: self._policy.score_top(tokens, count))
+
+    async def _ask(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
         async with self._places:
             for attempt in range(self._config.retries + 1):
                 try:
                     async with asyncio.timeout(self._config.timeout_s):
                         await self._check()
-                        if top:
-                            return await self._policy.score_top(tokens, top)
-                        return await self._policy.score(tokens), ()
+                        return await call()
                 except (EngineError, TimeoutError) as error:
                     if attempt == self._config.retries:
                         cause = str(error) or f"no answer in {self._config.timeout_s:g} s"
@@ -421,4 +486,5 @@ class _Remote:
             self._checked = True
 
     async def close(self) -> None:
+        """Close the connections."""
         await self._policy.close()

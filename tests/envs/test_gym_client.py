@@ -192,6 +192,14 @@ def test_rows_are_a_family(rows: Callable[..., dict[str, Any]], counter: Counter
         make("nemo-gym", parameters | {"url": ""}).start(task)
 
 
+def test_a_row_whose_tools_are_none_is_refused() -> None:
+    for tools in (5, "increment", {"type": "function"}, [5]):
+        broken = row()
+        broken["responses_create_params"]["tools"] = tools
+        with pytest.raises(TaskError, match="tools is no list of objects"):
+            row_task(broken, "x")
+
+
 def test_our_own_rows_keep_their_side_of_the_split() -> None:
     for name in ("choice", "tool-use", "abstention"):
         task = take(make(name), 5, held_out=True)

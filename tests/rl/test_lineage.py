@@ -74,6 +74,14 @@ def test_every_node_comes_after_those_it_needs(data: st.DataObject) -> None:
         ({"a": {"kind": "merge", "members": ["pico", "b"]}}, "names 'b'"),
         ({"a": {"kind": "merge", "members": ["pico"]}}, "name two nodes or more"),
         ({"a": {"kind": "merge", "members": ["pico", "pico"], "weights": [1]}}, "weights: give"),
+        (
+            {"a": {"kind": "merge", "members": ["pico", "pico"], "weights": [0, 0]}},
+            r"weights is \[0.0, 0.0\]: their sum must be a number, and not 0",
+        ),
+        (
+            {"a": {"kind": "sft", "default": "pico", "rollouts": -5}},
+            "a.rollouts is -5: it must not be negative",
+        ),
         ({"a": {"kind": "mopd", "teachers": {"add": "pico"}}}, "'sort' has no teacher"),
         ({"a": {"kind": "mopd", "teachers": {"mul": "pico"}}}, "domain 'mul'.* add, sort"),
         ({"a": {"kind": "rl", "domains": ["mul"]}}, "domain 'mul'"),
@@ -119,6 +127,16 @@ def test_what_the_recipe_itself_cannot_be_is_refused() -> None:
         ({"seeds": []}, "at least one"),
         ({"base": {"ppo": {}}}, "the kinds are sft"),
         ({"baseline": "b"}, "baseline is 'b'"),
+        (
+            {"nodes": {"a": {"kind": "mopd", "default": "self", "adapt": True}}}
+            | {"support": {"rollouts": 0}},
+            "has adapt = true, which support decides, and support.rollouts is 0: set it above",
+        ),
+        (
+            {"nodes": {"a": {"kind": "warmup", "default": "self", "rollouts": 4, "when": "needed"}}}
+            | {"support": {"rollouts": 0}},
+            "has when = 'needed', which support decides, and support.rollouts is 0",
+        ),
         ({"domains": [DOMAINS[0], DOMAINS[0]]}, "a name of its own"),
         ({"domains": [{**DOMAINS[0], "teacher": "a"}]}, "nodes say who teaches"),
     ):

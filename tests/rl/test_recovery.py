@@ -135,6 +135,22 @@ def test_the_table_is_of_what_was_evaluated(tmp_path: Path) -> None:
     )
 
 
+def test_a_teacher_that_was_not_evaluated_in_a_domain_has_no_lead_there(tmp_path: Path) -> None:
+    nodes = {
+        "adder": {"kind": "rl", "domains": ["add"], "evaluate": "own"},
+        "one": {"kind": "mopd", "default": "adder"},
+        "line": {"kind": "rl"},
+    }
+    config = recipe(nodes, output=str(tmp_path), baseline="line")
+    student, baseline, teacher = play(random.Random(0), 300, 0.5, 0.2, 0.6)
+    write(config, "adder", 0, {"add": teacher})
+    write(config, "one", 0, {"add": student, "sort": student})
+    write(config, "line", 0, {"add": baseline, "sort": baseline})
+    found = table(config)["recovery"]["one"]
+    assert found["add"]["value"] == pytest.approx(0.75, abs=0.1)
+    assert found["sort"] is None and found["all"] is None
+
+
 def test_scores_of_other_settings_are_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

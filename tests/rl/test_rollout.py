@@ -1,8 +1,10 @@
 """Rollouts: which item is what, episodes that begin alike, and weights that change under way."""
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +19,12 @@ from aprium.engine.speculative import SpeculativeConfig
 from aprium.envs.dialogue import ChatFormat
 from aprium.envs.places import Places
 from aprium.model.model import HybridModel
-from aprium.rl.evaluate import chat_format
+from aprium.rl.evaluate import EvaluateConfig, Evaluation, chat_format
 from aprium.rl.ledger import Item
 from aprium.rl.rollout import DomainConfig, RolloutConfig, Rollouts, forked
 from aprium.rl.weights import Weights
 from aprium.train.sft import open_model, read_text
+from tests.envs.counter import row
 from tests.rl.test_demonstrations import ADD as DRY
 from tests.rl.test_demonstrations import CHAT, Slow
 
@@ -69,6 +72,20 @@ def test_an_item_is_played_the_same_again_and_its_episodes_differ(engine: AsyncE
     texts = {t.tokens for group in first for t in group.trajectories}
     assert len(texts) > 3
     assert len({group.task for group in first}) == 3
+
+
+def test_episodes_are_of_the_domain_that_the_recipe_names(
+    engine: AsyncEngine, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row(i)) for i in range(40)))  # of "counter_agent"
+    options = {"rows": str(rows), "url": "http://127.0.0.1:1"}
+    counting = DomainConfig(name="counting", family="nemo-gym", options=options)
+    (group,) = play(engine, [Item(number=0, domain="counting", index=0)], counting)
+    assert {t.domain for t in group.trajectories} == {"counting"}
+    config = EvaluateConfig(items=2, max_tokens=4, episode_tokens=160)
+    found = asyncio.run(Evaluation([counting], config)(EnginePolicy(engine), chat_format(engine)))
+    assert {name: one.items for name, one in found.items()} == {"counting": 2}
 
 
 def test_the_first_prompt_of_a_group_is_read_once(engine: AsyncEngine) -> None:

@@ -1,28 +1,30 @@
 """What a node's own recipe is, what it depends on, and what it would cost."""
 
+import asyncio
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aprium.base.errors import CheckpointError, ConfigError, TaskError
+from aprium.base.errors import CheckpointError, ConfigError, EngineError, TaskError
 from aprium.base.records import Trajectory
 from aprium.checkpoint.hub import resolve
 from aprium.data.sources import DataConfig, Mixture, SourceConfig, Text
 from aprium.envs.dialogue import ChatFormat, Dialogue
 from aprium.envs.family import take
-from aprium.rl import demonstrations
+from aprium.rl import demonstrations, stages
 from aprium.rl.costs import cost, outline
-from aprium.rl.lineage import NodeState, RoundsConfig, write_state
-from aprium.rl.rollout import DomainConfig
+from aprium.rl.lineage import NodeState, RoundsConfig, digest, write_state
+from aprium.rl.rollout import DomainConfig, RolloutConfig
 from aprium.rl.rounds import check, jobs_of
-from aprium.rl.stages import Stage, digest_of, resolved, rl_config, sft_config
+from aprium.rl.stages import Stage, digest_of, measure, resolved, rl_config, sft_config
 from aprium.rl.teachers import SELF, TeachersConfig
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 from tests.rl.test_lineage import recipe
-from tests.rl.test_teachers import trajectory
+from tests.rl.test_teachers import TEXTS, trajectory
+from tests.scripted import ScriptedPolicy
 
 BASE = {
     "rl": {"trainer": {"steps": 3}, "pipeline": {"groups_per_step": 2}},
@@ -125,6 +127,46 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(node: Any, wor
         check(broken, [])
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        ("rl", {"trainer": 3}, "trainer of .base.rl. or nodes.a.config is 3: it must be a table"),
+        ("rl", {"rollout": [1]}, r"rollout of .* is \[1\]: it must be a table"),
+        ("mopd", {"loss": 3}, "loss of .* is 3: it must be a table"),
+        ("mopd", {"loss": {"policy": 3}}, "loss.policy of .* is 3: it must be a table"),
+        ("mopd", {"teachers": 3}, "teachers of .* is 3"),
+        ("mopd", {"credit": "x"}, "credit of .* is 'x'"),
+        ("warmup", {"data": "x"}, "data of .* is 'x'"),
+        ("warmup", {"data": {"sources": 3}}, "data.sources is 3: it must be a list"),
+        ("warmup", {"data": {"max_length": "x"}}, "data.max_length is 'x': it must be of type int"),
+    ],
+)
+def test_what_is_of_the_wrong_type_is_said(kind: str, values: Any, words: str) -> None:
+    node: dict[str, Any] = {"kind": kind}
+    if kind != "rl":
+        node["default"] = "self"
+    if kind == "warmup":
+        node["rollouts"] = 4
+    with pytest.raises(ConfigError, match=words):
+        outline(recipe({"a": node}, base={kind: values}))
+    with pytest.raises(ConfigError, match=words):
+        outline(recipe({"a": node | {"config": values}}))
+
+
+def test_a_teacher_on_a_server_cannot_give_whole_distributions() -> None:
+    remotes = {"there": {"url": "http://there", "model": "m"}}
+    full = {"loss": {"policy": {"distillation": "full"}}}
+    node = {"kind": "mopd", "teachers": {"add": "there"}, "default": "self", "config": full}
+    broken = config({"a": node}, remotes=remotes)
+    words = "nodes.a: .*'full' and the teacher of 'add' is 'there', which is on a server"
+    with pytest.raises(ConfigError, match=words):
+        check(broken, [])
+    with pytest.raises(ConfigError, match=words):
+        outline(broken)
+    outline(config({"a": node | {"adapt": True}}, remotes=remotes))  # support says which form
+    outline(config({"a": node | {"teachers": {"add": "pico"}}}, remotes=remotes))
+
+
 def test_a_digest_stands_for_a_node_and_what_it_came_from() -> None:
     plain = config()
     digests = {name: digest_of(plain, name, 0) for name in plain.nodes}
@@ -141,6 +183,41 @@ def test_a_digest_stands_for_a_node_and_what_it_came_from() -> None:
     assert digests["adder"] == digest_of(config(silent), "adder", 0)
     started = digest_of(config(checkpoint="runs/other"), "rlvr", 0)
     assert started != digests["rlvr"]
+
+
+def rounds(count: int) -> RoundsConfig:
+    """Return rounds in each of which a specialist branches off, and teaches."""
+    nodes: dict[str, Any] = {"s0": {"kind": "rl"}}
+    for i in range(count):
+        nodes[f"t{i}"] = {"kind": "rl", "parent": f"s{i}"}
+        nodes[f"s{i + 1}"] = {"kind": "mopd", "parent": f"s{i}", "default": f"t{i}"}
+    return config(nodes)
+
+
+def test_a_digest_is_made_of_its_parents_digests_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = rounds(3)
+
+    def plain(name: str) -> str:
+        return digest([resolved(few, name, 4), [plain(parent) for parent in few.parents(name)]])
+
+    assert digest_of(few, "s3", 4) == plain("s3")
+    asked: list[str] = []
+    monkeypatch.setattr(stages, "resolved", lambda recipe, name, seed: asked.append(name) or name)
+    many = rounds(14)
+    known: dict[tuple[str, int], str] = {}
+    digest_of(many, "s14", 0, known)
+    assert sorted(asked) == sorted(many.nodes)  # and not thousands of times
+    digest_of(many, "t13", 0, known)
+    assert len(asked) == len(many.nodes)
+
+
+def test_what_a_node_needs_is_looked_for_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    many, asked, real = rounds(14), [], RoundsConfig.parents
+    monkeypatch.setattr(
+        RoundsConfig, "parents", lambda self, name: asked.append(name) or real(self, name)
+    )
+    assert set(many.order("s14")) == set(many.nodes)
+    assert len(asked) == len(many.nodes)
 
 
 def test_what_a_node_was_run_with_is_not_changed_under_it(tmp_path: Path) -> None:
@@ -256,3 +333,34 @@ def test_solutions_cost_nothing_to_sample() -> None:
     nodes["b"] = nodes["a"] | {"teachers": {"add": "pico"}}
     one, other = (cost(config(nodes), name, 0) for name in nodes)
     assert one.trained == other.trained and other.sampled == one.sampled + 6 * 20 * 2
+
+
+def test_support_that_was_not_measured_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remotes = {"gone": {"url": "http://127.0.0.1:1", "model": "m", "retries": 0}}
+    node = {"kind": "warmup", "default": "gone", "rollouts": 6, "when": "needed"}
+    one = stage("w", nodes={"w": node}, output=str(tmp_path), remotes=remotes)
+    monkeypatch.setattr(
+        demonstrations,
+        "play_checkpoint",
+        lambda *rest: [trajectory(text, domain) for text in TEXTS for domain in ("add", "sort")],
+    )
+    for _ in range(2):  # not at the next start either
+        with pytest.raises(EngineError, match="none has scores of teacher 'gone'"):
+            measure(one, "pico")
+        assert not (one.place / "support.json").exists()
+    one.place.mkdir(parents=True)
+    (one.place / "support.json").write_text("{}")  # of no domain
+    with pytest.raises(EngineError, match="none has scores of teacher 'gone'"):
+        measure(one, "pico")
+
+
+def test_a_student_that_fails_everywhere_has_no_support() -> None:
+    path = resolve("pico")
+    chat = ChatFormat(tokenizer=Tokenizer.load(path), template=ChatTemplate.load(path))
+    domain = DomainConfig(name="add", family="exercises", options={"families": ["add"]})
+    policy = ScriptedPolicy(chat, [EngineError("it broke"), EngineError("it broke"), "x"])
+    played = demonstrations.play(policy, chat, [domain], RolloutConfig(), 2)
+    with pytest.raises(TaskError, match=r"all 2 episodes of 'add' failed, .*it broke"):
+        asyncio.run(played)

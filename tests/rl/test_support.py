@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aprium.base.errors import ConfigError, EngineError
 from aprium.base.records import TeacherScores, Trajectory
 from aprium.rl.support import Support, SupportConfig, choose_form, measure, score_support
-from aprium.rl.teachers import TeacherConfig, TeachersConfig
+from aprium.rl.teachers import RemoteConfig, TeacherConfig, TeachersConfig
 from tests.rl.test_teachers import TEXTS, trajectory
 
 CONFIG = SupportConfig()
@@ -117,3 +117,20 @@ def test_teacher_and_student_score_the_same_rollouts() -> None:
     assert list(found) == ["a"] and one.episodes == len(TEXTS)
     # The teacher is the student.
     assert one.mass == pytest.approx(1) and one.gap == 0 and one.inside == one.own_inside
+
+
+def test_a_teacher_that_scores_nothing_is_not_one_whose_support_is_enough() -> None:
+    gone = RemoteConfig(url="http://127.0.0.1:1", model="m", retries=0)
+    listed = (TeacherConfig(name="t", checkpoint="pico"), TeacherConfig(name="u", remote=gone))
+    items = [trajectory(text, domain) for text in TEXTS for domain in "ab"]
+    words = "of 3 episodes of 'b' none has scores of teacher 'u' .* .*127.0.0.1:1 does not answer"
+    with pytest.raises(EngineError, match=words):
+        asyncio.run(
+            score_support(
+                items,
+                TeachersConfig(teachers=listed),
+                CONFIG,
+                student="pico",
+                routes={"a": "t", "b": "u"},
+            )
+        )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from aprium.checkpoint.save import save_checkpoint
 from aprium.engine.client import AsyncEngine
 from aprium.engine.config import EngineConfig
 from aprium.model.layout import Layout
+from aprium.model.model import HybridModel
 from aprium.quantize import pipeline, recipes
 from aprium.quantize.merge import merge
 from aprium.rl import residents
@@ -251,6 +253,45 @@ def test_models_of_teachers_are_loaded_once_each_with_their_adapters(tmp_path: P
     assert (mine - wanted).abs().max() < 0.1 * (plain - wanted).abs().max()
     with pytest.raises(ConfigError, match="the teacher of 'a' is none"):
         load_models(config, "pico", {"a": None})
+
+
+def test_models_of_adapters_share_their_base_within_the_bound_of_memory(
+    base: Path, tmp_path: Path
+) -> None:
+    targets = ("mlp", "expert", "mamba_in")
+    listed = tuple(
+        TeacherConfig(
+            name=str(i),
+            checkpoint=str(base),
+            adapter=write_adapter(base, tmp_path / str(i), targets, i),
+        )
+        for i in range(2)
+    )
+    routes = {"a": "0", "b": "1", "c": "plain"}
+    config = TeachersConfig(
+        teachers=(*listed, TeacherConfig(name="plain", checkpoint=str(base))), memory_bytes=1 << 30
+    )
+    found = load_models(config, "pico", routes)
+
+    def held(model: HybridModel) -> dict[int, int]:
+        return {p.data_ptr(): p.nbytes for n, p in model.named_parameters() if "lora_" not in n}
+
+    assert held(found["a"]) == held(found["b"]) == held(found["c"])
+    # Each has its own factors all the same: what a model of it alone says.
+    tokens = torch.tensor(trajectory(TEXTS[0]).tokens)
+    layout = Layout.packed([len(tokens)])
+    for name, domain in (("0", "a"), ("1", "b"), ("plain", "c")):
+        alone = load_models(config, "pico", {"x": name})["x"]
+        with torch.no_grad():
+            mine, wanted = (m.logits(m(tokens, layout)) for m in (found[domain], alone))
+        assert torch.equal(mine, wanted)
+    size = sum(held(found["c"]).values())
+    factors = sum(p.nbytes for n, p in found["a"].named_parameters() if "lora_" in n)
+    enough = replace(config, memory_bytes=size + 2 * factors + 1000)  # files have a few more
+    load_models(enough, "pico", routes)
+    short = replace(config, memory_bytes=size + factors)
+    with pytest.raises(ConfigError, match=r"teacher '1' .* take \d+ bytes .*memory_bytes is"):
+        load_models(short, "pico", routes)
 
 
 def test_a_server_scores_as_the_engine_here_does() -> None:
