@@ -380,6 +380,7 @@ class Mixture:
         self._names = [source.name for source in config.sources]
         self._next = [0] * len(self._sources)
         self._tokens = [0] * len(self._sources)
+        self._since = [0] * len(self._sources)  # tokens drawn before the weights last changed
         # Of each source the rows of several samples that are begun: row, next sample.
         self._begun: list[list[tuple[int, int]]] = [[] for _ in self._sources]
         self._read = lru_cache(maxsize=_SIDE_BY_SIDE * (len(self._sources) + 1))(self._read_row)
@@ -390,8 +391,8 @@ class Mixture:
     def draw(self) -> tuple[tuple[int, int, int], Sample]:
         """Return the next sample and its address, from the source furthest behind its share."""
         behind = [
-            tokens / weight if weight > 0 else float("inf")
-            for tokens, weight in zip(self._tokens, self._weights, strict=True)
+            (tokens - since) / weight if weight > 0 else float("inf")
+            for tokens, since, weight in zip(self._tokens, self._since, self._weights, strict=True)
         ]
         which = behind.index(min(behind))
         row, part = self._next_place(which)
@@ -429,12 +430,17 @@ class Mixture:
                 for name, source in zip(self._names, self._sources, strict=True)
             ],
             "next": list(self._next),
+            "weights": list(self._weights),
             "tokens": list(self._tokens),
+            "since": list(self._since),
             "begun": [[list(place) for place in begun] for begun in self._begun],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position that `state_dict` returned; raises DataError for other data."""
+        """Continue from a position that `state_dict` returned; raises DataError for other data.
+
+        With other weights than the run had, shares are counted from here on.
+        """
         for name, value in self._fixed.items():
             if state.get(name) != value:
                 raise DataError(
@@ -449,6 +455,10 @@ class Mixture:
             )
         self._next, self._tokens = list(state["next"]), list(state["tokens"])
         self._begun = [[(row, part) for row, part in begun] for begun in state["begun"]]
+        # States of before weights were kept have neither.
+        since = state.get("since", [0] * len(self._sources))
+        same = state.get("weights", self._weights) == self._weights
+        self._since = list(since if same else self._tokens)
 
 
 def heldout_samples(config: DataConfig, text: Text) -> list[Sample]:

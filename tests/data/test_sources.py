@@ -249,6 +249,35 @@ def test_shares_are_of_tokens(config: DataConfig, text: Text) -> None:
         assert counts[source] / total == pytest.approx(share, abs=0.02)
 
 
+def test_other_weights_hold_from_where_the_run_goes_on(config: DataConfig, text: Text) -> None:
+    def weighed(first: float) -> Loader:
+        sources = zip(config.sources[::2], (first, 1 - first), strict=True)
+        kept = tuple(dataclasses.replace(source, weight=weight) for source, weight in sources)
+        data = dataclasses.replace(config, sources=kept, open_packs=1, shuffled_packs=0)
+        return Loader(data, text, tokens_per_batch=500)
+
+    def shares(loader: Loader) -> list[float]:
+        """Return the share of the first source in blocks of 20 batches."""
+        found = []
+        for _ in range(3):
+            samples = [sample for _ in range(20) for sample in loader.next_batch()]
+            mine = sum(len(s.tokens) for s in samples if s.domain == "text")
+            found.append(mine / sum(len(s.tokens) for s in samples))
+        return found
+
+    first, second, third = weighed(0.5), weighed(0.9), weighed(0.9)
+    shares(first)
+    state = json.loads(json.dumps(first.state_dict()))
+    second.load_state_dict(state)
+    assert shares(second) == pytest.approx([0.9] * 3, abs=0.06)
+    third.load_state_dict(json.loads(json.dumps(second.state_dict())))
+    assert third.next_batch() == second.next_batch()
+    del state["mixture"]["weights"], state["mixture"]["since"]  # as runs of earlier versions wrote
+    again = weighed(0.5)
+    again.load_state_dict(state)
+    assert [again.next_batch() for _ in range(9)] == [first.next_batch() for _ in range(9)]
+
+
 @pytest.mark.parametrize("thinking", [0.0, 1.0])
 def test_tasks_learn_the_answers_that_are_shown_as_given(
     config: DataConfig, text: Text, thinking: float
