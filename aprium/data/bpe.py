@@ -149,7 +149,7 @@ def read_texts(files: Sequence[Path], max_bytes: int | None = None) -> Iterator[
 
 def _texts(file: Path) -> Iterator[str]:
     if file.suffix in (".jsonl", ".ndjson", ".parquet"):
-        rows = Rows([file])
+        rows = Rows([file], ("text", "messages"))
         for number in range(len(rows)):
             yield from _of_row(rows[number])
         return

@@ -81,7 +81,7 @@ def read(
 
 
 def _source_of(file: Path) -> SourceConfig:
-    row = Rows([file])[0]
+    row = Rows([file], ("messages", "text"))[0]
     if "messages" in row.data:
         return SourceConfig(kind="chat", name=file.stem, path=file)
     if "text" in row.data:

@@ -38,6 +38,7 @@ _TASK_THINKING = 0.7
 _EARLIER_SHARE = {True: 0.1, False: 0.5}
 _EARLIER_COUNTS = (1, 1, 1, 2, 3, 8)
 _FIELDS = {"text": "text", "chat": "messages"}
+_COLUMNS = {"text": (), "chat": ("tools",), "samples": ("tokens", "weights")}  # and the field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,7 +495,8 @@ def _open(
         return TaskSource(source, text, config, held_out=False)
     paths = heldout or source.path
     assert paths
-    rows = Rows(paths if isinstance(paths, tuple) else (paths,))
+    columns = {source.field or _FIELDS.get(source.kind, ""), *_COLUMNS[source.kind]}
+    rows = Rows(paths if isinstance(paths, tuple) else (paths,), tuple(columns))
     if source.kind == "text":
         return TextSource(source, rows, text, config)
     if source.kind == "samples":
@@ -507,5 +509,6 @@ def _open(
 def _field(row: Row, config: SourceConfig) -> Any:
     name = config.field or _FIELDS[config.kind]
     if name not in row.data:
-        raise DataError(f"{row.where}: it has no {name!r}, but {', '.join(map(repr, row.data))}")
+        others = ", ".join(map(repr, (*row.data, *row.unread)))
+        raise DataError(f"{row.where}: it has no {name!r}, but {others}")
     return row.data[name]

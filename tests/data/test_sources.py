@@ -178,6 +178,16 @@ def test_chat_of_both_formats_is_the_same(text: Text, tmp_path: Path) -> None:
     assert "<function=look>" in said and "It is 4." in said and "tool_response" not in said
 
 
+def test_other_columns_of_parquet_are_left_alone(text: Text, tmp_path: Path) -> None:
+    rows = {"messages": [CHAT[:2]], "time": pyarrow.array([1], pyarrow.timestamp("ns"))}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "c.parquet")
+    config = SourceConfig(kind="chat", name="c", path=tmp_path / "c.parquet")
+    assert Mixture(DataConfig(sources=(config,)), text).draw()[1].domain == "c"
+    config = dataclasses.replace(config, field="turns")
+    with pytest.raises(DataError, match="it has no 'turns', but 'messages', 'time'"):
+        Mixture(DataConfig(sources=(config,)), text).draw()
+
+
 def test_shares_of_thinking_and_of_cut_reasoning(text: Text, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": CHAT[:2]}))
     close = text.tokenizer.id_of("</think>")
