@@ -349,6 +349,11 @@ def test_errors_name_file_and_line(config: DataConfig, text: Text, tmp_path: Pat
         ("text", '{"text": 1}', "bad.jsonl, line 1: the text is '1', not a string"),
         ("chat", '\n{"messages": "a"}', "bad.jsonl, line 2: messages must be a list"),
         ("chat", '{"messages": [{"content": "a"}]}', "bad.jsonl, line 1: .* has no role"),
+        (
+            "chat",
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]}',
+            "bad.jsonl, line 1: tool call {'function': 'f'} has no function name",
+        ),
         ("chat", '{"messages": [], "tools": "{"}', "bad.jsonl, line 1: tools are not JSON"),
         ("chat", '{"messages": [{"role": "user"}]}', "line 1: a conversation has no assistant"),
     ):
