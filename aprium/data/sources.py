@@ -10,7 +10,6 @@ handed in, because this package does not know where tasks are made.
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +36,9 @@ _TASK_THINKING = 0.7
 # template does, are only shown; and after how many.
 _EARLIER_SHARE = {True: 0.1, False: 0.5}
 _EARLIER_COUNTS = (1, 1, 1, 2, 3, 8)
-_FIELDS = {"text": "text", "chat": "messages"}
-_COLUMNS = {"text": (), "chat": ("tools",), "samples": ("tokens", "weights")}  # and the field
+_FIELDS = {"text": "text", "chat": "messages", "samples": "tokens"}
+_COLUMNS = {"text": (), "chat": ("tools",), "samples": ("weights",)}  # beside the field
+_LARGEST = 3.4028235e38  # of float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +275,13 @@ class SampleSource:
                     f"{row.where}: token {token!r} is none of the {self._vocab_size} of the "
                     "tokenizer: were the samples written with another?"
                 )
-        if not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
-            raise DataError(f"{row.where}: weights must be numbers")
+        for weight in weights:
+            # Losses are means: negative weights would turn the sign of all, or divide by none.
+            if type(weight) not in (int, float) or not 0 <= weight <= _LARGEST:
+                raise DataError(
+                    f"{row.where}: weight {repr(weight)[:80]} is not a number in 0..{_LARGEST:g}: "
+                    "give 0 to what is not to be learnt"
+                )
         if len(tokens) > self._data.max_length:
             if self._config.too_long == "skip":
                 return ()
@@ -495,8 +500,8 @@ def _open(
         return TaskSource(source, text, config, held_out=False)
     paths = heldout or source.path
     assert paths
-    columns = {source.field or _FIELDS.get(source.kind, ""), *_COLUMNS[source.kind]}
-    rows = Rows(paths if isinstance(paths, tuple) else (paths,), tuple(columns))
+    columns = (source.field or _FIELDS[source.kind], *_COLUMNS[source.kind])
+    rows = Rows(paths if isinstance(paths, tuple) else (paths,), columns)
     if source.kind == "text":
         return TextSource(source, rows, text, config)
     if source.kind == "samples":

@@ -123,8 +123,12 @@ def test_samples_are_what_was_written(text: Text, tmp_path: Path) -> None:
         ({"text": "x"}, "two lists of one length"),
         ({"tokens": [20, 9999], "weights": [0, 1]}, "token 9999 is none of the"),
         ({"tokens": [20, True], "weights": [0, 1]}, "token True is none of the"),
-        ({"tokens": [20, 30], "weights": [0, "1"]}, "weights must be numbers"),
-        ({"tokens": [20, 30], "weights": [0, float("nan")]}, "weights must be numbers"),
+        ({"tokens": [20, 30], "weights": [0, "1"]}, "line 1: weight '1' is not a number"),
+        ({"tokens": [20, 30], "weights": [0, None]}, "weight None is not a number"),
+        ({"tokens": [20, 30], "weights": [0, float("nan")]}, "weight nan is not a number"),
+        ({"tokens": [20, 30], "weights": [-1, -1]}, r"weight -1 is not a number in 0\.\."),
+        ({"tokens": [20, 30], "weights": [0, 1e300]}, r"weight 1e\+300 is not"),
+        ({"tokens": [20, 30], "weights": [0, 10**400]}, "weight 10000"),
     ):
         with pytest.raises(DataError, match=words):
             sample_source(tmp_path, text, [row]).read(0)
