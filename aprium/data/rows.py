@@ -85,7 +85,11 @@ def find_files(path: Path) -> list[Path]:
         raise DataError(f"cannot read {path}: {reason or 'no such file'}")
     parts = path.parts
     first = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
-    found = sorted(f for f in Path(*parts[:first]).glob(str(Path(*parts[first:]))) if f.is_file())
+    try:
+        matches = list(Path(*parts[:first]).glob(str(Path(*parts[first:]))))
+    except ValueError as error:
+        raise DataError(f"{path} is no glob pattern: {error}") from error
+    found = sorted(match for match in matches if match.is_file())
     if not found:
         raise DataError(f"no file matches {path}")
     return found

@@ -84,6 +84,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     for name, message in (
         ("none.jsonl", "no such file"),
         ("*.csv", "no file matches"),
+        ("x**.jsonl", r"x\*\*\.jsonl is no glob pattern: .*entire path component"),
         ("", "it is a directory"),
         ("empty.jsonl", "no rows"),
         ("bad.parquet", "as Parquet"),
