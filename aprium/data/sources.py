@@ -186,6 +186,7 @@ class TextSource:
         self._end = text.tokenizer.id_of("</s>")
         self.size: int | None = len(rows)
         self.digest = rows.digest
+        self._warned = False
 
     def read(self, number: int) -> Sequence[Sample]:
         """Return the pieces of document `number`."""
@@ -202,6 +203,17 @@ class TextSource:
             if len(piece) > 1:  # a single token predicts nothing
                 weights = (0.0,) + (1.0,) * (len(piece) - 1)
                 samples.append(Sample(tokens=piece, ce_weight=weights, domain=self._config.name))
+        if len(samples) > 1 and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: a document of %d tokens is over max_length %d: it is cut into %d samples, and "
+                "so are others of source %r",
+                row.where,
+                len(tokens),
+                self._max_length,
+                len(samples),
+                self._config.name,
+            )
         return samples
 
 

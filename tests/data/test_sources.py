@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,22 @@ def test_long_documents_are_cut_and_every_token_predicted_once(text: Text, tmp_p
     assert sum(sum(s.ce_weight) for s in pieces) == len(expected) - 1
     joined = [pieces[0].tokens[0], *(t for s in pieces for t in s.tokens[1:])]
     assert joined == expected
+
+
+def test_cutting_is_said_once(
+    text: Text, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("aprium"), "propagate", True)
+    rows = [{"text": "quick"}, *({"text": "quick brown " * 20} for _ in range(3))]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = SourceConfig(kind="text", name="t", path=tmp_path / "t.jsonl")
+    for longest, said in ((16, 1), (400, 0)):
+        caplog.clear()
+        mixture = Mixture(DataConfig(sources=(config,), max_length=longest), text)
+        [mixture.draw() for _ in range(30)]
+        found = [r.getMessage() for r in caplog.records if "is cut into" in r.getMessage()]
+        assert len(found) == said
+        assert all("over max_length 16" in words and "t.jsonl, line" in words for words in found)
 
 
 def test_long_documents_are_read_side_by_side(text: Text, tmp_path: Path) -> None:
