@@ -38,6 +38,7 @@ _EARLIER_SHARE = {True: 0.1, False: 0.5}
 _EARLIER_COUNTS = (1, 1, 1, 2, 3, 8)
 _FIELDS = {"text": "text", "chat": "messages", "samples": "tokens"}
 _COLUMNS = {"text": (), "chat": ("tools",), "samples": ("weights",)}  # beside the field
+_STYLE = ("learn", "thinking", "cut")  # what samples are made of a row
 _LARGEST = 3.4028235e38  # of float32
 
 
@@ -396,6 +397,7 @@ class Mixture:
         self._fixed = {"seed": config.seed, "max_length": config.max_length}
         self._sources = [_open(source, config, text) for source in config.sources]
         self._names = [source.name for source in config.sources]
+        self._styles = [{name: getattr(s, name) for name in _STYLE} for s in config.sources]
         self._next = [0] * len(self._sources)
         self._tokens = [0] * len(self._sources)
         self._since = [0] * len(self._sources)  # tokens drawn before the weights last changed
@@ -448,6 +450,7 @@ class Mixture:
                 for name, source in zip(self._names, self._sources, strict=True)
             ],
             "next": list(self._next),
+            "styles": [dict(style) for style in self._styles],
             "weights": list(self._weights),
             "tokens": list(self._tokens),
             "since": list(self._since),
@@ -471,9 +474,18 @@ class Mixture:
                 f"the run was started with the sources {state.get('sources')} (name, rows, "
                 f"digest) and these are {mine}: restore its data, or begin anew in another output"
             )
+        # States of before styles, weights and `since` were kept have none of them.
+        styles = state.get("styles", self._styles)
+        for source, began, mine in zip(self._names, styles, self._styles, strict=True):
+            for name, value in mine.items():
+                if began[name] != value:
+                    raise DataError(
+                        f"the run was started with {name} {began[name]!r} of source {source!r} and "
+                        f"this is {value!r}: its samples would be others; set it back, or begin in "
+                        "another output"
+                    )
         self._next, self._tokens = list(state["next"]), list(state["tokens"])
         self._begun = [[(row, part) for row, part in begun] for begun in state["begun"]]
-        # States of before weights were kept have neither.
         since = state.get("since", [0] * len(self._sources))
         same = state.get("weights", self._weights) == self._weights
         self._since = list(since if same else self._tokens)

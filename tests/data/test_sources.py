@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from pyarrow import parquet
 from aprium.base.config import from_dict
 from aprium.base.errors import ConfigError, DataError
 from aprium.base.records import Sample
+from aprium.data import sources
 from aprium.data.loader import Alternation, Loader, Repeated
 from aprium.data.rows import Rows
 from aprium.data.sources import (
@@ -89,18 +89,16 @@ def test_long_documents_are_cut_and_every_token_predicted_once(text: Text, tmp_p
     assert joined == expected
 
 
-def test_cutting_is_said_once(
-    text: Text, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("aprium"), "propagate", True)
+def test_cutting_is_said_once(text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(sources.log, "warning", lambda words, *args: found.append(words % args))
     rows = [{"text": "quick"}, *({"text": "quick brown " * 20} for _ in range(3))]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = SourceConfig(kind="text", name="t", path=tmp_path / "t.jsonl")
     for longest, said in ((16, 1), (400, 0)):
-        caplog.clear()
+        found.clear()
         mixture = Mixture(DataConfig(sources=(config,), max_length=longest), text)
         [mixture.draw() for _ in range(30)]
-        found = [r.getMessage() for r in caplog.records if "is cut into" in r.getMessage()]
         assert len(found) == said
         assert all("over max_length 16" in words and "t.jsonl, line" in words for words in found)
 
@@ -403,6 +401,19 @@ def test_a_place_in_the_data_is_of_one_seed_and_length(
     other = dataclasses.replace(config, **{name: getattr(config, name) + 1})
     with pytest.raises(DataError, match=f"started with data.{name}"):
         Loader(other, text, tokens_per_batch=501).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("name", "value"), [("learn", "last"), ("thinking", 0.5), ("cut", 0.5)])
+def test_a_run_keeps_how_its_samples_are_made(
+    config: DataConfig, text: Text, name: str, value: Any
+) -> None:
+    state = json.loads(json.dumps(Loader(config, text, tokens_per_batch=500).state_dict()))
+    chat = dataclasses.replace(config.sources[1], **{name: value})
+    other = dataclasses.replace(config, sources=(config.sources[0], chat, config.sources[2]))
+    with pytest.raises(DataError, match=f"started with {name} .* of source 'chat' and this is"):
+        Loader(other, text, tokens_per_batch=500).load_state_dict(state)
+    del state["mixture"]["styles"]  # as runs of earlier versions wrote
+    Loader(other, text, tokens_per_batch=500).load_state_dict(state)
 
 
 def test_empty_documents_are_no_samples(text: Text, tmp_path: Path) -> None:
