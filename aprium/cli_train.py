@@ -221,8 +221,8 @@ def data() -> None:
 def inspect(source: Path, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Show packed samples as the trainer gets them, and count what a mixture is made of.
 
-    SOURCE is a recipe (TOML with a data table) or a JSONL or Parquet file. What is learnt is in
-    colour, what is only shown is dim.
+    SOURCE is a recipe (TOML with a data table) or a JSONL or Parquet file of text, messages, or
+    tokens and weights. What is learnt is in colour, what is only shown is dim.
     """
     configure_logging("WARNING")
     from rich.console import Console

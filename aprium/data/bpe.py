@@ -7,6 +7,7 @@ are split as in tekken: at changes of case, digits singly, punctuation and white
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ PATTERN = "|".join(
 )
 TEMPLATE = Path(__file__).parent.parent / "pico_checkpoint" / "chat_template.jinja"
 _LEAST = len(SPECIAL) + 256
-_CHUNK = 1 << 20  # characters of a plain text at a time
+_MOST = 1 << 20  # tokens; the largest published vocabularies have a quarter of it
+_CHUNK = 1 << 12  # characters of a plain text, to the end of the line, that count as one text
 _HELD_OUT = 50  # one text in so many is measured on
 
 
@@ -50,37 +52,60 @@ def train(
     """Train on `files` and write the tokenizer to directory `output`.
 
     Files are JSONL or Parquet with `text` or `messages`, or plain text; `max_bytes` of them are
-    read. Returns figures: tokens, texts, bytes read, and bytes a token on texts held out by a hash
-    of theirs. Raises DataError.
+    read. Returns figures: tokens, texts, bytes read, and, of more than one text, bytes a token on
+    those held out: by a hash of theirs, or the last. Raises DataError.
     """
-    texts = read_texts(files, max_bytes)
-    held: list[str] = []
     counts = {"texts": 0, "bytes": 0}
 
-    def learnt() -> Iterator[str]:
-        for text in texts:
+    def counted() -> Iterator[str]:
+        for text in read_texts(files, max_bytes):
             counts["texts"] += 1
-            counts["bytes"] += len(text.encode("utf-8", "replace"))
-            if hashlib.sha256(text.encode("utf-8", "replace")).digest()[0] < 256 // _HELD_OUT:
-                held.append(text)
-            else:
-                yield text
+            counts["bytes"] += len(text.encode())
+            yield text
 
-    backend = train_bpe(learnt(), vocab_size)
+    held: list[str] = []
+    backend = train_bpe(_hold_out(counted(), held), vocab_size)
     if not counts["bytes"]:
         raise DataError(f"{', '.join(map(str, files))}: no text to train on")
     try:
         write(backend, output, template)
     except OSError as error:
         raise DataError(f"cannot write the tokenizer to {output}: {error}") from error
-    size = sum(len(text.encode("utf-8", "replace")) for text in held)
+    size = sum(len(text.encode()) for text in held)
     tokens = sum(len(encoding.ids) for encoding in backend.encode_batch(held))
     measured = {"bytes_per_token": round(size / tokens, 3)} if tokens else {}
     return {"vocab_size": backend.get_vocab_size(), **counts, **measured}
 
 
+def _hold_out(texts: Iterable[str], held: list[str]) -> Iterator[str]:
+    """Yield what to learn of `texts` and add the rest to `held`.
+
+    Each side gets one if there are two.
+    """
+    learnt, last = 0, None
+    for text in texts:
+        if hashlib.sha256(text.encode()).digest()[0] < 256 // _HELD_OUT:
+            held.append(text)
+            continue
+        if last is not None:
+            learnt += 1
+            yield last
+        last = text
+    if last is None and held:
+        last = held.pop()
+    if last is not None and learnt and not held:
+        held.append(last)
+    elif last is not None:
+        yield last
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = PATTERN) -> Backend:
-    """Return a byte-level BPE of at most `vocab_size` tokens; raises DataError for too few."""
+    """Return a byte-level BPE of at most `vocab_size` tokens.
+
+    Raises DataError for too few or too many.
+    """
+    if vocab_size > _MOST:
+        raise DataError(f"vocab_size is {vocab_size}: it must be at most {_MOST}")
     if vocab_size < _LEAST:
         raise DataError(
             f"vocab_size is {vocab_size}: it must be at least {_LEAST}, the bytes and "
@@ -137,19 +162,25 @@ def write(
 
 
 def read_texts(files: Sequence[Path], max_bytes: int | None = None) -> Iterator[str]:
-    """Yield the texts of `files` one at a time, up to `max_bytes` of them in all."""
-    left = float("inf") if max_bytes is None else max_bytes
+    """Yield the texts of `files` that are not empty, up to `max_bytes` of them in all.
+
+    The last one is cut there, after a whole character. A lone surrogate becomes a question mark, as
+    when the tokenizer is used.
+    """
+    left = sys.maxsize if max_bytes is None else max_bytes
     for file in (file for path in files for file in find_files(path)):
         for text in _texts(file):
-            yield text
-            left -= len(text.encode("utf-8", "replace"))
+            content = text.encode("utf-8", "replace")[:left]
+            if clean := content.decode("utf-8", "ignore"):
+                yield clean
+            left -= len(content)
             if left <= 0:
                 return
 
 
 def _texts(file: Path) -> Iterator[str]:
     if file.suffix in (".jsonl", ".ndjson", ".parquet"):
-        rows = Rows([file])
+        rows = Rows([file], ("text", "messages"))
         for number in range(len(rows)):
             yield from _of_row(rows[number])
         return

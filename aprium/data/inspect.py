@@ -5,7 +5,7 @@ first ones of a run.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,14 @@ def read(
 
 
 def _source_of(file: Path) -> SourceConfig:
-    row = Rows([file])[0]
+    row = Rows([file], ("messages", "text", "tokens", "weights"))[0]
     if "messages" in row.data:
         return SourceConfig(kind="chat", name=file.stem, path=file)
     if "text" in row.data:
         return SourceConfig(kind="text", name=file.stem, path=file)
-    raise DataError(f"{row.where}: it has neither 'text' nor 'messages'")
+    if {"tokens", "weights"} <= row.data.keys():
+        return SourceConfig(kind="samples", name=file.stem, path=file)
+    raise DataError(f"{row.where}: it has neither 'text' nor 'messages' nor 'tokens' and 'weights'")
 
 
 def inspect(
@@ -117,8 +119,9 @@ def figures(packs: list[list[Sample]], data: DataConfig, budget: int) -> dict[st
     total = sum(len(sample.tokens) for sample in samples)
     weights = {source.name: source.weight for source in data.sources}
     by_source = {}
+    origins = [_origin(sample.domain, weights) for sample in samples]
     for name, weight in weights.items():
-        mine = [s for s in samples if s.domain.split("/")[0] == name]
+        mine = [s for s, origin in zip(samples, origins, strict=True) if origin == name]
         tokens = sum(len(s.tokens) for s in mine)
         learnt = sum(1 for s in mine for w in s.ce_weight if w)
         by_source[name] = {
@@ -139,6 +142,11 @@ def figures(packs: list[list[Sample]], data: DataConfig, budget: int) -> dict[st
         "longest": max(lengths),
         "sources": by_source,
     }
+
+
+def _origin(domain: str, names: Iterable[str]) -> str:
+    """Return the source of a domain, which goes on with the family where that is of tasks."""
+    return max((n for n in names if f"{domain}/".startswith(f"{n}/")), key=len)
 
 
 def _show(

@@ -51,6 +51,10 @@ class Packer:
 
         Raises DataError when the sample alone is over the budget.
         """
+        self._place(sample, address)
+        return self._give() if len(self._waiting) > self.num_waiting else None
+
+    def _place(self, sample: Sample, address: Address) -> None:
         size, content = len(sample.tokens), hash(sample.tokens)
         if size > self.budget:
             raise DataError(
@@ -64,14 +68,13 @@ class Packer:
         ]
         if fitting:
             max(fitting, key=lambda pack: pack.size).add(sample, address)
-            return None
+            return
         if len(self._open) >= self.num_open:
             fullest = max(self._open, key=lambda pack: pack.size)
             self._open.remove(fullest)
             self._waiting.append(fullest)
         self._open.append(_Pack())
         self._open[-1].add(sample, address)
-        return self._give() if len(self._waiting) > self.num_waiting else None
 
     def _give(self) -> list[Sample]:
         place = random.Random(f"{self._seed} {self._given}").randrange(len(self._waiting))
@@ -94,7 +97,10 @@ class Packer:
         }
 
     def load_state_dict(self, state: dict[str, Any], fetch: Callable[[Address], Sample]) -> None:
-        """Continue with packs that `state_dict` returned; `fetch` reads a sample by its address."""
+        """Continue with packs that `state_dict` returned; `fetch` reads a sample by its address.
+
+        Packs over the budget, of a run whose budget was larger, are packed anew.
+        """
 
         def read(addresses: list[list[int]]) -> _Pack:
             pack = _Pack()
@@ -105,3 +111,11 @@ class Packer:
         self._given = state["given"]
         self._open = [read(addresses) for addresses in state["open"]]
         self._waiting = [read(addresses) for addresses in state["waiting"]]
+        over = [pack for pack in (*self._waiting, *self._open) if pack.size > self.budget]
+        self._open, self._waiting = (
+            [pack for pack in packs if pack.size <= self.budget]
+            for packs in (self._open, self._waiting)
+        )
+        for pack in over:
+            for sample, address in zip(pack.samples, pack.addresses, strict=True):
+                self._place(sample, address)

@@ -15,9 +15,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aprium.base.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 LINES_PER_BLOCK = 4096
 BLOCKS_PER_WINDOW = 8
@@ -25,10 +28,11 @@ _PARQUET_END = 1 << 16
 
 
 class Row(NamedTuple):
-    """A row of data and the function that says where it is."""
+    """A row of data, the function that says where it is, and columns that were not read."""
 
     data: dict[str, Any]
     place: Callable[[], str]
+    unread: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -40,15 +44,16 @@ class Rows:
     """The rows of several files, one file after the other.
 
     `paths` may hold glob patterns, whose matches are taken in the order of their names. Files that
-    end in .parquet are Parquet, all others have a JSON object a line. `blocks` are the sizes of
-    blocks in rows; `digest` tells other contents apart. Raises DataError for files that are not
-    there, not readable or empty.
+    end in .parquet are Parquet, all others have a JSON object a line. Of Parquet only `columns` are
+    read, if given, those of them that are there. `blocks` are the sizes of blocks in rows; `digest`
+    tells other contents apart. Raises DataError for files that are not there, not readable or
+    empty.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], columns: Sequence[str] | None = None) -> None:
         self.files = [file for path in paths for file in find_files(path)]
         self._parts: list[_File] = [
-            _ParquetFile(file) if file.suffix == ".parquet" else _JsonLines(file)
+            _ParquetFile(file, columns) if file.suffix == ".parquet" else _JsonLines(file)
             for file in self.files
         ]
         self.blocks = [size for part in self._parts for size in part.blocks]
@@ -80,7 +85,11 @@ def find_files(path: Path) -> list[Path]:
         raise DataError(f"cannot read {path}: {reason or 'no such file'}")
     parts = path.parts
     first = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
-    found = sorted(f for f in Path(*parts[:first]).glob(str(Path(*parts[first:]))) if f.is_file())
+    try:
+        matches = list(Path(*parts[:first]).glob(str(Path(*parts[first:]))))
+    except ValueError as error:
+        raise DataError(f"{path} is no glob pattern: {error}") from error
+    found = sorted(match for match in matches if match.is_file())
     if not found:
         raise DataError(f"no file matches {path}")
     return found
@@ -150,7 +159,7 @@ class _ParquetFile:
     Its digest is of its last bytes, where the sizes and statistics of all columns stand.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, columns: Sequence[str] | None) -> None:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
 
@@ -168,7 +177,13 @@ class _ParquetFile:
         self._groups = [i for i, size in enumerate(sizes) if size]
         self.blocks = [size for size in sizes if size]
         self._ends = list(itertools.accumulate(self.blocks))
-        self._read = lru_cache(maxsize=BLOCKS_PER_WINDOW)(self._parquet.read_row_group)
+        names = self._parquet.schema_arrow.names
+        self._columns = [name for name in names if columns is None or name in columns]
+        self._unread = tuple(name for name in names if name not in self._columns)
+        self._read = lru_cache(maxsize=BLOCKS_PER_WINDOW)(self._read_group)
+
+    def _read_group(self, group: int) -> "Table":
+        return self._parquet.read_row_group(group, columns=self._columns)
 
     def row(self, number: int) -> Row:
         from pyarrow import ArrowException
@@ -177,9 +192,10 @@ class _ParquetFile:
         inside = number - (self._ends[block - 1] if block else 0)
         try:
             data = self._read(self._groups[block]).slice(inside, 1).to_pylist()[0]
-        except (OSError, ArrowException) as error:
+        # Dates beyond Python's, nanoseconds and text that is not UTF-8 have no value in Python.
+        except (OSError, ArrowException, ValueError, OverflowError) as error:
             raise DataError(f"{self._file}, row {number + 1}: {error}") from error
-        return Row(data, lambda: f"{self._file}, row {number + 1}")
+        return Row(data, lambda: f"{self._file}, row {number + 1}", self._unread)
 
 
 class Order:

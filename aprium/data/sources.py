@@ -10,7 +10,6 @@ handed in, because this package does not know where tasks are made.
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,10 @@ _TASK_THINKING = 0.7
 # template does, are only shown; and after how many.
 _EARLIER_SHARE = {True: 0.1, False: 0.5}
 _EARLIER_COUNTS = (1, 1, 1, 2, 3, 8)
-_FIELDS = {"text": "text", "chat": "messages"}
+_FIELDS = {"text": "text", "chat": "messages", "samples": "tokens"}
+_COLUMNS = {"text": (), "chat": ("tools",), "samples": ("weights",)}  # beside the field
+_STYLE = ("learn", "thinking", "cut")  # what samples are made of a row
+_LARGEST = 3.4028235e38  # of float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,7 @@ class TextSource:
         self._end = text.tokenizer.id_of("</s>")
         self.size: int | None = len(rows)
         self.digest = rows.digest
+        self._warned = False
 
     def read(self, number: int) -> Sequence[Sample]:
         """Return the pieces of document `number`."""
@@ -201,6 +204,17 @@ class TextSource:
             if len(piece) > 1:  # a single token predicts nothing
                 weights = (0.0,) + (1.0,) * (len(piece) - 1)
                 samples.append(Sample(tokens=piece, ce_weight=weights, domain=self._config.name))
+        if len(samples) > 1 and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: a document of %d tokens is over max_length %d: it is cut into %d samples, and "
+                "so are others of source %r",
+                row.where,
+                len(tokens),
+                self._max_length,
+                len(samples),
+                self._config.name,
+            )
         return samples
 
 
@@ -274,8 +288,13 @@ class SampleSource:
                     f"{row.where}: token {token!r} is none of the {self._vocab_size} of the "
                     "tokenizer: were the samples written with another?"
                 )
-        if not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
-            raise DataError(f"{row.where}: weights must be numbers")
+        for weight in weights:
+            # Losses are means: negative weights would turn the sign of all, or divide by none.
+            if type(weight) not in (int, float) or not 0 <= weight <= _LARGEST:
+                raise DataError(
+                    f"{row.where}: weight {repr(weight)[:80]} is not a number in 0..{_LARGEST:g}: "
+                    "give 0 to what is not to be learnt"
+                )
         if len(tokens) > self._data.max_length:
             if self._config.too_long == "skip":
                 return ()
@@ -378,8 +397,10 @@ class Mixture:
         self._fixed = {"seed": config.seed, "max_length": config.max_length}
         self._sources = [_open(source, config, text) for source in config.sources]
         self._names = [source.name for source in config.sources]
+        self._styles = [{name: getattr(s, name) for name in _STYLE} for s in config.sources]
         self._next = [0] * len(self._sources)
         self._tokens = [0] * len(self._sources)
+        self._since = [0] * len(self._sources)  # tokens drawn before the weights last changed
         # Of each source the rows of several samples that are begun: row, next sample.
         self._begun: list[list[tuple[int, int]]] = [[] for _ in self._sources]
         self._read = lru_cache(maxsize=_SIDE_BY_SIDE * (len(self._sources) + 1))(self._read_row)
@@ -390,8 +411,8 @@ class Mixture:
     def draw(self) -> tuple[tuple[int, int, int], Sample]:
         """Return the next sample and its address, from the source furthest behind its share."""
         behind = [
-            tokens / weight if weight > 0 else float("inf")
-            for tokens, weight in zip(self._tokens, self._weights, strict=True)
+            (tokens - since) / weight if weight > 0 else float("inf")
+            for tokens, since, weight in zip(self._tokens, self._since, self._weights, strict=True)
         ]
         which = behind.index(min(behind))
         row, part = self._next_place(which)
@@ -429,12 +450,18 @@ class Mixture:
                 for name, source in zip(self._names, self._sources, strict=True)
             ],
             "next": list(self._next),
+            "styles": [dict(style) for style in self._styles],
+            "weights": list(self._weights),
             "tokens": list(self._tokens),
+            "since": list(self._since),
             "begun": [[list(place) for place in begun] for begun in self._begun],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position that `state_dict` returned; raises DataError for other data."""
+        """Continue from a position that `state_dict` returned; raises DataError for other data.
+
+        With other weights than the run had, shares are counted from here on.
+        """
         for name, value in self._fixed.items():
             if state.get(name) != value:
                 raise DataError(
@@ -447,8 +474,21 @@ class Mixture:
                 f"the run was started with the sources {state.get('sources')} (name, rows, "
                 f"digest) and these are {mine}: restore its data, or begin anew in another output"
             )
+        # States of before styles, weights and `since` were kept have none of them.
+        styles = state.get("styles", self._styles)
+        for source, began, mine in zip(self._names, styles, self._styles, strict=True):
+            for name, value in mine.items():
+                if began[name] != value:
+                    raise DataError(
+                        f"the run was started with {name} {began[name]!r} of source {source!r} and "
+                        f"this is {value!r}: its samples would be others; set it back, or begin in "
+                        "another output"
+                    )
         self._next, self._tokens = list(state["next"]), list(state["tokens"])
         self._begun = [[(row, part) for row, part in begun] for begun in state["begun"]]
+        since = state.get("since", [0] * len(self._sources))
+        same = state.get("weights", self._weights) == self._weights
+        self._since = list(since if same else self._tokens)
 
 
 def heldout_samples(config: DataConfig, text: Text) -> list[Sample]:
@@ -484,7 +524,8 @@ def _open(
         return TaskSource(source, text, config, held_out=False)
     paths = heldout or source.path
     assert paths
-    rows = Rows(paths if isinstance(paths, tuple) else (paths,))
+    columns = (source.field or _FIELDS[source.kind], *_COLUMNS[source.kind])
+    rows = Rows(paths if isinstance(paths, tuple) else (paths,), columns)
     if source.kind == "text":
         return TextSource(source, rows, text, config)
     if source.kind == "samples":
@@ -497,5 +538,6 @@ def _open(
 def _field(row: Row, config: SourceConfig) -> Any:
     name = config.field or _FIELDS[config.kind]
     if name not in row.data:
-        raise DataError(f"{row.where}: it has no {name!r}, but {', '.join(map(repr, row.data))}")
+        others = ", ".join(map(repr, (*row.data, *row.unread)))
+        raise DataError(f"{row.where}: it has no {name!r}, but {others}")
     return row.data[name]

@@ -33,6 +33,20 @@ _LIST_KINDS = {
     "full_attention": "attention",
     "mlp": "mlp",
 }
+# Kind of layer -> sizes that it needs.
+_SIZES = {
+    "all": ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim"),
+    "mamba": (
+        "mamba_num_heads",
+        "mamba_head_dim",
+        "ssm_state_size",
+        "num_groups",
+        "conv_kernel",
+        "chunk_size",
+    ),
+    "moe": ("num_experts", "expert_intermediate_size", "shared_expert_intermediate_size"),
+    "mlp": ("intermediate_size",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +112,27 @@ class ModelConfig:
             value = getattr(self, f.name)
             if f.type is int and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{f.name} is {value!r}: it must be an integer")
-        for name in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        self._check_sizes()
         self._check_divisible("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         if self._has("mamba"):
             heads = self.mamba_num_heads
             self._check_divisible("mamba_num_heads", heads, "n_groups", self.num_groups)
         if self._has("moe"):
             self._check_router()
-        if self._has("mlp") and self.intermediate_size < 1:
-            raise ConfigError("intermediate_size must be at least 1 for a model with MLP layers")
 
     def _has(self, kind: str) -> bool:
         return kind in self.layers or (self.num_mtp_layers > 0 and kind in self.mtp_layers)
+
+    def _check_sizes(self) -> None:
+        """Check the sizes that the model has layers for; files may have 0 for the others."""
+        for kind, names in _SIZES.items():
+            for name in names if kind == "all" or self._has(kind) else ():
+                value = getattr(self, name)
+                if value < 1:
+                    raise ConfigError(f"{name} is {value}: it must be at least 1")
+        latent = self.latent_size
+        if latent is not None and (type(latent) is not int or latent < 1):
+            raise ConfigError(f"latent_size is {latent!r}: it must be at least 1, or none")
 
     def _check_divisible(self, name: str, value: int, by: str, divisor: int) -> None:
         if divisor < 1 or value % divisor:

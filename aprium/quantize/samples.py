@@ -36,7 +36,7 @@ def read_samples(path: Path, model: Path, *, count: int, length: int) -> list[li
         found = [tokens[i : i + length] for i in range(0, len(tokens), length)]
     else:
         text = Text(tokenizer, ChatTemplate.load(model))
-        rows = Rows([path])
+        rows = Rows([path], ("messages", "tools", "text"))
         found = [_read_row(rows[i], text)[:length] for i in range(min(count, len(rows)))]
     found = [tokens for tokens in found if len(tokens) > 1][:count]
     if not found:

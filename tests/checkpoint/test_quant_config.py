@@ -167,7 +167,7 @@ def test_what_is_refused(tmp_path, case):
         assert word in str(raised.value)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     formats=st.dictionaries(
         st.sampled_from(MODULES), st.sampled_from(["fp8", "nvfp4", "w4a16_nvfp4"]), min_size=1

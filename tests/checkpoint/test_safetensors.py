@@ -50,9 +50,7 @@ TENSORS = st.lists(
 )
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(specs=TENSORS, max_shard_bytes=st.integers(1, 600))
 def test_what_is_written_is_read(tmp_path_factory, specs, max_shard_bytes):
     directory = tmp_path_factory.mktemp("written")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aprium import cli
 from aprium.base.errors import DataError
 from aprium.base.records import Message
-from aprium.data.bpe import SPECIAL, read_texts, train
+from aprium.data.bpe import SPECIAL, _hold_out, read_texts, train
 from aprium.text.chat import ChatTemplate
 from aprium.text.tokenizer import Tokenizer
 
@@ -64,13 +64,51 @@ def test_limits_and_errors(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc\n" * 10)
     (tmp_path / "b.jsonl").write_text('{"text": "de"}\n{"a": 1}')
     assert list(read_texts([tmp_path / "b.jsonl"], max_bytes=2)) == ["de"]
+    assert list(read_texts([tmp_path / "b.jsonl"], max_bytes=1)) == ["d"]
+    (tmp_path / "c.txt").write_text("aé")
+    assert list(read_texts([tmp_path / "c.txt"], max_bytes=2)) == ["a"]
     with pytest.raises(DataError, match=r"b\.jsonl, line 2: it has neither"):
         list(read_texts([tmp_path / "b.jsonl"]))
     with pytest.raises(DataError, match="vocab_size is 271: it must be at least 272"):
         train([tmp_path / "a.txt"], tmp_path / "out", vocab_size=271)
+    with pytest.raises(DataError, match="vocab_size is 1000000000000000: it must be at most"):
+        train([tmp_path / "a.txt"], tmp_path / "out", vocab_size=10**15)
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match="no text to train on"):
         train([tmp_path / "a.txt"], tmp_path / "out", vocab_size=300)
+
+
+def by_hash(text: str) -> bool:
+    """Return whether `text` is one to be held out."""
+    held: list[str] = []
+    list(_hold_out(["first", "second", text, "last"], held))
+    return text in held
+
+
+def test_a_small_plain_text_is_learnt_and_measured(tmp_path: Path) -> None:
+    held = next(text for i in range(999) if by_hash(text := f"jumping {i} " * 40))
+    (tmp_path / "a.txt").write_text(held)
+    found = train([tmp_path / "a.txt"], tmp_path / "out", vocab_size=300)
+    assert found["vocab_size"] > 272 and "bytes_per_token" not in found
+    (tmp_path / "a.txt").write_text("jumping over\n" * 700)
+    found = train([tmp_path / "a.txt"], tmp_path / "out", vocab_size=300)
+    assert found["vocab_size"] > 272 and found["bytes_per_token"] > 1.5
+
+
+@given(st.lists(st.text(max_size=3) | st.sampled_from(list(filter(by_hash, map(str, range(999)))))))
+def test_no_text_is_lost_between_what_is_learnt_and_held_out(texts: list[str]) -> None:
+    held: list[str] = []
+    learnt = list(_hold_out(iter(texts), held))
+    assert sorted(learnt + held) == sorted(texts)
+    assert bool(learnt) == bool(texts) and bool(held) == (len(texts) > 1)
+
+
+def test_lone_surrogates_are_read_as_the_tokenizer_reads_them(tmp_path: Path) -> None:
+    rows = ['{"text": "a\\ud800b"}', '{"messages": [{"content": "\\ud800"}]}', '{"text": ""}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    assert list(read_texts([tmp_path / "a.jsonl"])) == ["a?b", "?"]
+    found = train([tmp_path / "a.jsonl"], tmp_path / "out", vocab_size=300)
+    assert found["texts"] == 2 and found["bytes"] == 4
 
 
 def test_output_that_cannot_be_written_is_told(folder: Path) -> None:

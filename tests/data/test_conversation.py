@@ -72,7 +72,7 @@ def learnt_spans(samples: list[Sample]) -> list[tuple[list[int], list[int]]]:
     return spans
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(messages=conversations(), thinking=st.sampled_from([None, True, False]), skip=st.sets(
     st.integers(0, 9)))  # fmt: skip
 def test_learnt_is_what_follows_the_served_prompt(

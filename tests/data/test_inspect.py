@@ -87,6 +87,29 @@ def test_command(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "pack 1" in capsys.readouterr().out
 
 
+def test_a_file_of_tokens_and_weights(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = recipe.parent / "written.jsonl"
+    rows = [{"tokens": [20, 21, 30 + i], "weights": [0, 0, 1], "reward": 1.0} for i in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--tokenizer", str(recipe.parent), "--measure", "3", "--tokens", "30", "--json"]
+    assert cli.main(["data", "inspect", str(file), *options]) == 0
+    found = json.loads(capsys.readouterr().out)["data"]
+    assert found["tokens"] == 90 and found["sources"]["written"]["learnt"] == 30
+
+
+def test_names_of_sources_may_hold_a_slash(recipe: Path) -> None:
+    (recipe.parent / "words.txt").write_text(" ".join(f"word{c}" for c in "abcdefghijkl"))
+    text = recipe.read_text().replace('name = "chat"', 'name = "a/b"')
+    tasks = '[[data.sources]]\nkind = "tasks"\nname = "a"\nfamilies = ["add"]\nwords = "{}"\n'
+    recipe.write_text(text + tasks.format(recipe.parent / "words.txt"))
+    plan = read(recipe, tokens=600, overrides={"data.max_length": 500})
+    found = inspect(plan, families, packs=0, measure=20, console=Console())["data"]
+    for source in found["sources"].values():
+        assert source["learnt"] > 0
+        assert source["share"] == pytest.approx(source["wanted"], abs=0.1)
+    assert sum(s["tokens"] for s in found["sources"].values()) == found["tokens"]
+
+
 def test_what_is_missing_is_named(recipe: Path) -> None:
     folder = recipe.parent
     (folder / "odd.jsonl").write_text('{"a": 1}')

@@ -43,6 +43,24 @@ def test_nothing_lost_budget_kept_and_resumed(
     assert packs(cut) == found
 
 
+@given(st.lists(st.integers(1, 20), max_size=80), st.integers(1, 6), st.integers(0, 4))
+def test_a_smaller_budget_than_the_run_began_with_is_kept(
+    lengths: list[int], num_open: int, num_waiting: int
+) -> None:
+    def packed(packer: Packer, begin: int, end: int) -> list[list[Sample]]:
+        given_out = [packer.add(sample(i, lengths[i]), (i,)) for i in range(begin, end)]
+        return [pack for pack in given_out if pack is not None]
+
+    half, count = len(lengths) // 2, len(lengths)
+    first, second = (Packer(budget, num_open, num_waiting) for budget in (50, 20))
+    before = packed(first, 0, half)
+    second.load_state_dict(first.state_dict(), lambda a: sample(a[0], lengths[a[0]]))
+    after = [*packed(second, half, count), *second.flush()]
+    assert all(0 < sum(len(s.tokens) for s in pack) <= 20 for pack in after)
+    placed = sorted(s.tokens[0] for pack in before + after for s in pack)
+    assert placed == list(range(count))
+
+
 @given(st.lists(st.integers(0, 5), max_size=60))
 def test_no_pack_holds_a_sample_twice(numbers: list[int]) -> None:
     packer, found = Packer(40, 3), []

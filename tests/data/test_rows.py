@@ -38,6 +38,33 @@ def test_rows_of_all_files_by_number(folder: Path, monkeypatch: pytest.MonkeyPat
     assert find_files(folder / "*.jsonl") == [folder / "a.jsonl", folder / "b.jsonl"]
 
 
+def odd_columns() -> pyarrow.Table:
+    """Return a column of text beside four whose values have no form in Python."""
+    offsets = pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0")
+    bad = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, offsets, pyarrow.py_buffer(b"\xff\xfe")]
+    )
+    columns = {
+        "text": ["a", "b"],
+        "time": pyarrow.array([1, 2], pyarrow.timestamp("ns")),
+        "span": pyarrow.array([1, 2], pyarrow.duration("ns")),
+        "far": pyarrow.array([10**12, 2], pyarrow.timestamp("s")),
+        "bad": bad,
+    }
+    return pyarrow.table(columns)
+
+
+def test_columns_that_are_not_used_do_not_matter(tmp_path: Path) -> None:
+    parquet.write_table(odd_columns(), tmp_path / "a.parquet")
+    rows = Rows([tmp_path / "a.parquet"], ("text", "tools"))
+    assert [rows[i].data for i in range(2)] == [{"text": "a"}, {"text": "b"}]
+    assert rows[0].unread == ("time", "span", "far", "bad")
+    assert Rows([tmp_path / "a.parquet"], ("other",))[1].data == {}
+    for column in rows[0].unread:
+        with pytest.raises(DataError, match=r"a\.parquet, row 1: "):
+            Rows([tmp_path / "a.parquet"], (column,))[0]
+
+
 def test_where_names_file_and_line(folder: Path) -> None:
     rows = Rows([folder / "a.jsonl", folder / "c.parquet"])
     assert rows[0].where == f"{folder / 'a.jsonl'}, line 2"
@@ -57,6 +84,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     for name, message in (
         ("none.jsonl", "no such file"),
         ("*.csv", "no file matches"),
+        ("x**.jsonl", r"x\*\*\.jsonl is no glob pattern: .*entire path component"),
         ("", "it is a directory"),
         ("empty.jsonl", "no rows"),
         ("bad.parquet", "as Parquet"),

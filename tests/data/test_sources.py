@@ -14,6 +14,7 @@ from pyarrow import parquet
 from aprium.base.config import from_dict
 from aprium.base.errors import ConfigError, DataError
 from aprium.base.records import Sample
+from aprium.data import sources
 from aprium.data.loader import Alternation, Loader, Repeated
 from aprium.data.rows import Rows
 from aprium.data.sources import (
@@ -88,6 +89,20 @@ def test_long_documents_are_cut_and_every_token_predicted_once(text: Text, tmp_p
     assert joined == expected
 
 
+def test_cutting_is_said_once(text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(sources.log, "warning", lambda words, *args: found.append(words % args))
+    rows = [{"text": "quick"}, *({"text": "quick brown " * 20} for _ in range(3))]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = SourceConfig(kind="text", name="t", path=tmp_path / "t.jsonl")
+    for longest, said in ((16, 1), (400, 0)):
+        found.clear()
+        mixture = Mixture(DataConfig(sources=(config,), max_length=longest), text)
+        [mixture.draw() for _ in range(30)]
+        assert len(found) == said
+        assert all("over max_length 16" in words and "t.jsonl, line" in words for words in found)
+
+
 def test_long_documents_are_read_side_by_side(text: Text, tmp_path: Path) -> None:
     rows = [{"text": f"{i} " * 40} for i in range(6)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -123,8 +138,12 @@ def test_samples_are_what_was_written(text: Text, tmp_path: Path) -> None:
         ({"text": "x"}, "two lists of one length"),
         ({"tokens": [20, 9999], "weights": [0, 1]}, "token 9999 is none of the"),
         ({"tokens": [20, True], "weights": [0, 1]}, "token True is none of the"),
-        ({"tokens": [20, 30], "weights": [0, "1"]}, "weights must be numbers"),
-        ({"tokens": [20, 30], "weights": [0, float("nan")]}, "weights must be numbers"),
+        ({"tokens": [20, 30], "weights": [0, "1"]}, "line 1: weight '1' is not a number"),
+        ({"tokens": [20, 30], "weights": [0, None]}, "weight None is not a number"),
+        ({"tokens": [20, 30], "weights": [0, float("nan")]}, "weight nan is not a number"),
+        ({"tokens": [20, 30], "weights": [-1, -1]}, r"weight -1 is not a number in 0\.\."),
+        ({"tokens": [20, 30], "weights": [0, 1e300]}, r"weight 1e\+300 is not"),
+        ({"tokens": [20, 30], "weights": [0, 10**400]}, "weight 10000"),
     ):
         with pytest.raises(DataError, match=words):
             sample_source(tmp_path, text, [row]).read(0)
@@ -176,6 +195,16 @@ def test_chat_of_both_formats_is_the_same(text: Text, tmp_path: Path) -> None:
     learnt = [t for t, w in zip(one[0].tokens, one[0].ce_weight, strict=True) if w]
     said = text.tokenizer.decode(learnt, skip_special_tokens=False)
     assert "<function=look>" in said and "It is 4." in said and "tool_response" not in said
+
+
+def test_other_columns_of_parquet_are_left_alone(text: Text, tmp_path: Path) -> None:
+    rows = {"messages": [CHAT[:2]], "time": pyarrow.array([1], pyarrow.timestamp("ns"))}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "c.parquet")
+    config = SourceConfig(kind="chat", name="c", path=tmp_path / "c.parquet")
+    assert Mixture(DataConfig(sources=(config,)), text).draw()[1].domain == "c"
+    config = dataclasses.replace(config, field="turns")
+    with pytest.raises(DataError, match="it has no 'turns', but 'messages', 'time'"):
+        Mixture(DataConfig(sources=(config,)), text).draw()
 
 
 def test_shares_of_thinking_and_of_cut_reasoning(text: Text, tmp_path: Path) -> None:
@@ -249,6 +278,35 @@ def test_shares_are_of_tokens(config: DataConfig, text: Text) -> None:
         assert counts[source] / total == pytest.approx(share, abs=0.02)
 
 
+def test_other_weights_hold_from_where_the_run_goes_on(config: DataConfig, text: Text) -> None:
+    def weighed(first: float) -> Loader:
+        sources = zip(config.sources[::2], (first, 1 - first), strict=True)
+        kept = tuple(dataclasses.replace(source, weight=weight) for source, weight in sources)
+        data = dataclasses.replace(config, sources=kept, open_packs=1, shuffled_packs=0)
+        return Loader(data, text, tokens_per_batch=500)
+
+    def shares(loader: Loader) -> list[float]:
+        """Return the share of the first source in blocks of 20 batches."""
+        found = []
+        for _ in range(3):
+            samples = [sample for _ in range(20) for sample in loader.next_batch()]
+            mine = sum(len(s.tokens) for s in samples if s.domain == "text")
+            found.append(mine / sum(len(s.tokens) for s in samples))
+        return found
+
+    first, second, third = weighed(0.5), weighed(0.9), weighed(0.9)
+    shares(first)
+    state = json.loads(json.dumps(first.state_dict()))
+    second.load_state_dict(state)
+    assert shares(second) == pytest.approx([0.9] * 3, abs=0.06)
+    third.load_state_dict(json.loads(json.dumps(second.state_dict())))
+    assert third.next_batch() == second.next_batch()
+    del state["mixture"]["weights"], state["mixture"]["since"]  # as runs of earlier versions wrote
+    again = weighed(0.5)
+    again.load_state_dict(state)
+    assert [again.next_batch() for _ in range(9)] == [first.next_batch() for _ in range(9)]
+
+
 @pytest.mark.parametrize("thinking", [0.0, 1.0])
 def test_tasks_learn_the_answers_that_are_shown_as_given(
     config: DataConfig, text: Text, thinking: float
@@ -310,6 +368,11 @@ def test_errors_name_file_and_line(config: DataConfig, text: Text, tmp_path: Pat
         ("text", '{"text": 1}', "bad.jsonl, line 1: the text is '1', not a string"),
         ("chat", '\n{"messages": "a"}', "bad.jsonl, line 2: messages must be a list"),
         ("chat", '{"messages": [{"content": "a"}]}', "bad.jsonl, line 1: .* has no role"),
+        (
+            "chat",
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]}',
+            "bad.jsonl, line 1: tool call {'function': 'f'} has no function name",
+        ),
         ("chat", '{"messages": [], "tools": "{"}', "bad.jsonl, line 1: tools are not JSON"),
         ("chat", '{"messages": [{"role": "user"}]}', "line 1: a conversation has no assistant"),
     ):
@@ -338,6 +401,19 @@ def test_a_place_in_the_data_is_of_one_seed_and_length(
     other = dataclasses.replace(config, **{name: getattr(config, name) + 1})
     with pytest.raises(DataError, match=f"started with data.{name}"):
         Loader(other, text, tokens_per_batch=501).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("name", "value"), [("learn", "last"), ("thinking", 0.5), ("cut", 0.5)])
+def test_a_run_keeps_how_its_samples_are_made(
+    config: DataConfig, text: Text, name: str, value: Any
+) -> None:
+    state = json.loads(json.dumps(Loader(config, text, tokens_per_batch=500).state_dict()))
+    chat = dataclasses.replace(config.sources[1], **{name: value})
+    other = dataclasses.replace(config, sources=(config.sources[0], chat, config.sources[2]))
+    with pytest.raises(DataError, match=f"started with {name} .* of source 'chat' and this is"):
+        Loader(other, text, tokens_per_batch=500).load_state_dict(state)
+    del state["mixture"]["styles"]  # as runs of earlier versions wrote
+    Loader(other, text, tokens_per_batch=500).load_state_dict(state)
 
 
 def test_empty_documents_are_no_samples(text: Text, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCache.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_check_sees_a_leak_and_a_double_owner():

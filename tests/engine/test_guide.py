@@ -434,7 +434,7 @@ def random_walk(grammars, tokenizer, guide, thinking, generator, length, budget=
         assert walker.error is None
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10**6),
     number=st.integers(0, len(GUIDES) - 1),

@@ -194,7 +194,7 @@ def test_evicted_snapshots_are_told(pico, conversation):
     assert (last.reused, last.why_not_more) == (0, prefix.EVICTED)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_any_mix_gives_the_bits_of_the_plain_engine(pico, data):
     """Prompts that share beginnings, few pages, few snapshots, aborts, preemption, drafts."""

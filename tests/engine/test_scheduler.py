@@ -192,7 +192,6 @@ def drain(scheduler, runner, limit=10_000, drafts=0):
 shapes = st.tuples(st.integers(1, 20), st.integers(0, 12))
 
 
-@settings(deadline=None)
 @given(
     st.lists(shapes, min_size=1, max_size=8),
     st.integers(8, 14),
@@ -214,7 +213,6 @@ def test_all_finish_with_their_own_tokens(requests, pages, seqs, budget, drafts)
     assert scheduler.cache.slots.num_free == seqs
 
 
-@settings(deadline=None)
 @given(st.lists(shapes, min_size=1, max_size=6), st.integers(1, 9))
 def test_chunks_cover_every_token_once(requests, budget):
     scheduler = make_scheduler(pages=100, seqs=6, budget=budget)
@@ -571,4 +569,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=50)

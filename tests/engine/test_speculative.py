@@ -216,7 +216,7 @@ def test_n_gram_look_up():
     assert look_up(tokens, 0, 4, 2) == ()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.sampled_from([0, 1, 256, 65537, 16777216]), min_size=1, max_size=24),
     st.integers(0, 4),

@@ -72,7 +72,7 @@ def test_the_oldest_goes_first_and_what_depends_on_it():
     assert not store.has("c")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.integers(1, 6))
 def test_budgets_hold_whatever_comes(data, room):
     store = SnapshotStore(ram_bytes=room * SIZE)

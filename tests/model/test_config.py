@@ -112,11 +112,27 @@ def test_prediction_head_spellings() -> None:
         ({"n_groups": 3}, "mamba_num_heads 4 is not a multiple"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is not in 1..8"),
         ({"n_group": 3}, "n_routed_experts 8 is not a multiple"),
+        ({"chunk_size": 0}, "chunk_size is 0: it must be at least 1"),
+        ({"conv_kernel": 0}, "conv_kernel is 0: it must be"),
+        ({"ssm_state_size": 0}, "ssm_state_size is 0: it must be"),
+        ({"mamba_num_heads": 0}, "mamba_num_heads is 0: it must be"),
+        ({"mamba_head_dim": -1}, "mamba_head_dim is -1: it must be"),
+        ({"intermediate_size": 0}, "intermediate_size is 0: it must be"),
+        ({"moe_intermediate_size": 0}, "expert_intermediate_size is 0: it must be"),
+        ({"moe_shared_expert_intermediate_size": 0}, "shared_.*_size is 0: it must be"),
+        ({"moe_latent_size": 0}, "latent_size is 0: it must be at least 1, or none"),
     ],
 )
 def test_errors_name_the_value(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_hf(hf(**changes))
+
+
+def test_sizes_of_layers_that_are_not_there_do_not_matter() -> None:
+    absent = {"ssm_state_size": 0, "chunk_size": 0, "moe_intermediate_size": 0}
+    layers = {"layers_block_type": ["attention", "mlp"], "num_hidden_layers": 2}
+    config = ModelConfig.from_hf(hf(**layers, **absent, num_nextn_predict_layers=0))
+    assert config.chunk_size == 0 and config.layers == ("attention", "mlp")
 
 
 def test_damaged_file(tmp_path: Path) -> None:

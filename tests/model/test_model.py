@@ -76,7 +76,7 @@ def schedules(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
     return lengths, steps
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(schedules(), st.integers(0, 1000))
 def test_hidden_states_do_not_depend_on_schedule(
     toy: HybridModel, schedule: tuple[list[int], list[list[int]]], seed: int

@@ -127,7 +127,7 @@ def test_every_format_and_activation_dtype(stored: HybridModel, isa: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(schedules(), st.integers(0, 1000))
 def test_bits_do_not_depend_on_schedule(dtype, stored, schedule, seed) -> None:
     lengths, steps = schedule
@@ -173,7 +173,7 @@ def draftings(draw) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("heads", ["*E", "E*", "E", "**"])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(draftings(), st.sampled_from([0.0, 0.02, 0.05, 0.3]), st.integers(0, 1000))
 @torch.inference_mode()
 def test_drafting_in_one_call_is_the_same_as_by_parts(heads, sequences, least, seed) -> None:

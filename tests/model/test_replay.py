@@ -80,7 +80,7 @@ def speculate(model: HybridModel, prompts, histories) -> list[torch.Tensor]:
     return [torch.cat(parts) for parts in collected]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(histories())
 def test_bits_are_those_of_a_plain_run(toy, histories):
     lengths = [

@@ -44,7 +44,7 @@ def tokens_of(lengths: list[int], seed: int = 0) -> list[Tensor]:
     return [torch.randint(0, 64, (n,), generator=generator) for n in lengths]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(schedules(), st.integers(0, 1000))
 def test_an_fp8_cache_gives_the_same_bits_in_any_schedule(toy, schedule, seed):
     lengths, steps = schedule

@@ -225,7 +225,7 @@ def awkward(seed: int, rows: int, blocks: int, kind: str) -> torch.Tensor:
     return (x * 8).round() / 8  # many ties
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 9999),
     st.integers(1, 35),

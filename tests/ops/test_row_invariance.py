@@ -27,7 +27,7 @@ OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", OPS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.sampled_from(WIDTHS), st.lists(st.integers(1, 40), min_size=1, max_size=8))
 def test_rows_do_not_depend_on_partition(name: str, width: int, sizes: list[int]) -> None:
     generator = torch.Generator().manual_seed(width)

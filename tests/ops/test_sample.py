@@ -46,7 +46,7 @@ params_strategy = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(params_strategy, st.integers(0, 1000), st.integers(2, 60))
 def test_filters_equal_the_slow_ones(params, seed, vocab):
     if params.temperature == 0:
@@ -60,7 +60,7 @@ def test_filters_equal_the_slow_ones(params, seed, vocab):
         assert got[i] == pytest.approx(p, rel=1e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(params_strategy, min_size=2, max_size=9),
     st.sampled_from([7, 272, 1009, 2048, 5003]),
@@ -100,7 +100,7 @@ def picked(logits):
     return list(zip(best.indices.tolist(), best.values.tolist(), mass.tolist(), strict=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(params_strategy, min_size=1, max_size=5),
     st.sampled_from([7, 272, 1009]),
@@ -129,7 +129,7 @@ def test_a_mask_is_as_if_there_were_no_other_tokens(params, vocab, seed, random)
         assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(params_strategy, min_size=2, max_size=9),
     st.integers(0, 1000),

@@ -141,7 +141,7 @@ def test_overridden_constants() -> None:
 NAMES = ("nano-nvfp4", "super-fp8", "ultra-nvfp4", "kimi-k2", "deepseek-v4", "qwen-3.5")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     name=st.sampled_from(NAMES),
     batch=st.integers(1, 512),

@@ -61,7 +61,7 @@ TRACES = {
 }
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     **TRACES,
     pages=st.integers(36, 80),
@@ -90,7 +90,7 @@ def test_runs_of_steps_are_the_same_as_steps(
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**TRACES)
 def test_every_request_finishes_once(kind, seed, requests, users, mean, output) -> None:
     config = dataclasses.replace(SMALL, num_snapshots=2 if kind == "agents" else 0)

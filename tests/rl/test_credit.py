@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aprium.base.config import from_dict
@@ -54,7 +54,6 @@ def scores(one: Trajectory) -> TeacherScores:
 rewards_of = st.lists(st.floats(-2, 2), min_size=1, max_size=9)
 
 
-@settings(deadline=None)
 @given(rewards=rewards_of, normalise=st.booleans())
 def test_advantages_equal_their_formulas(rewards: list[float], normalise: bool) -> None:
     values, count = numpy.array(rewards), len(rewards)
@@ -73,7 +72,6 @@ def test_advantages_equal_their_formulas(rewards: list[float], normalise: bool) 
         numpy.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None)
 @given(rewards=rewards_of)
 def test_leave_one_out_is_the_mean_scaled(rewards: list[float]) -> None:
     """r - mean of others = n / (n - 1) (r - mean): the two differ by a factor alone."""
@@ -163,7 +161,6 @@ def test_effort_is_its_formula_in_its_domains() -> None:
         assert shaped_rewards([episode(reward, (length,))], config) == [reward]
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8))
 def test_preference_for_short_ones_keeps_the_mean(lengths: list[int]) -> None:
     config = CreditConfig(length=LengthConfig(weight=0.3))

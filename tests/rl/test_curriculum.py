@@ -68,7 +68,7 @@ def test_what_is_always_solved_is_dropped_until_nothing_is_left() -> None:
         made.next_batch(1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shares=st.lists(st.floats(0.1, 5), min_size=1, max_size=4),
     sizes=st.lists(st.integers(1, 9), min_size=3, max_size=12),

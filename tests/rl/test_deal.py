@@ -11,7 +11,6 @@ from aprium.rl.deal import Course, Deal
 from aprium.rl.ledger import Item
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.floats(0.05, 1.0), min_size=1),
     st.integers(0, 60),
@@ -76,7 +75,7 @@ def test_a_course_keeps_shares_and_drops_what_is_mastered() -> None:
     assert all(index % 2 == 0 for index in late)  # odd ones are solved each time
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 9), min_size=4, max_size=8), st.data())
 def test_a_course_that_ran_ahead_goes_on_by_how_much_was_dealt(
     ahead: list[int], data: st.DataObject

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aprium.base.errors import CheckpointError
@@ -41,7 +41,6 @@ def fill(ledger: Ledger, numbers: range) -> None:
         ledger.finish(number, group(number))
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=12))
 def test_a_group_comes_back_as_it_was(sampled: list[bool]) -> None:
     one = trajectory(3, tuple(sampled))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aprium.base.config import from_dict, load_toml, to_dict
@@ -37,7 +37,6 @@ def test_the_toy_recipe_is_one() -> None:
     assert found.parents("mopd2") == ("mopd1", "add-teacher-2")
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_every_node_comes_after_those_it_needs(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 8))

@@ -122,7 +122,7 @@ def test_while_the_trainer_works_the_next_items_are_played(tmp_path: Path) -> No
     assert len(world.played) == 8  # those of a step ahead too
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_every_item_is_used_once_and_in_time(tmp_path_factory: Any, data: st.DataObject) -> None:
     size, max_age = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
@@ -223,7 +223,6 @@ def test_groups_at_a_time_are_bounded(tmp_path: Path) -> None:
     assert world.most_playing == 3
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=8), st.integers(1, 3))
 def test_fits_is_what_trying_all_orders_says(last_steps: list[int], size: int) -> None:
     room = dict.fromkeys(range(7), size)

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aprium.base.errors import ConfigError, EngineError
@@ -66,7 +66,6 @@ def test_shares_are_counted_over_sampled_tokens() -> None:
 probabilities = st.dictionaries(st.integers(0, 5), st.floats(0.01, 0.2), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), probabilities, probabilities), min_size=1, max_size=6))
 def test_shares_are_shares_and_oneself_is_the_whole(
     rows: list[tuple[int, dict[int, float], dict[int, float]]],

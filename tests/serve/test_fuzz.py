@@ -76,9 +76,7 @@ def bodies(model: type[Any], required: str) -> st.SearchStrategy[dict[str, Any]]
         ("/tokenize", ChatRequest, "messages"),
     ],
 )
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_body_breaks_the_server(
     client: TestClient, path: str, model: type[Any], required: str, data: st.DataObject

@@ -157,7 +157,7 @@ def test_the_tokens_of_the_text_come_with_their_logprobs(serve: Serve, effort: s
     st.booleans(),
     st.data(),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_token_of_the_text_is_given_once(
     directory: Path, tokens: list[int], thinking: bool, data: st.DataObject
 ) -> None:

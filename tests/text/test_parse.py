@@ -278,7 +278,7 @@ def split_texts(draw: st.DrawFn) -> tuple[str, list[str]]:
     return text, parts
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(split_texts(), st.booleans(), st.booleans(), st.booleans())
 @example(("a</function>\n</tool_call>", ["a</function>", "\n", "</tool_call>"]), True, True, False)
 @example((BROKEN, [BROKEN[:50], BROKEN[50:90], BROKEN[90:]]), False, True, False)
@@ -318,7 +318,6 @@ VALUES = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(
     st.text("ab \n<", max_size=12),
     st.text("cd \n", max_size=12).map(str.strip),

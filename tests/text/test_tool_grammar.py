@@ -86,7 +86,7 @@ def tool(draw):
     return {"properties": fields, "type": "object", "required": required, "$defs": DEFS}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
     schemas=st.dictionaries(NAMES, tool(), min_size=1, max_size=3),
     choice=st.sampled_from(["auto", "required", "first"]),

@@ -204,7 +204,7 @@ def test_figures_are_of_the_tokens_they_are_of() -> None:
 logs = st.floats(-6, -0.01)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data(), name=st.sampled_from(list(CASES)))
 def test_one_policy_has_no_mismatch_and_the_plain_gradient(data: st.DataObject, name: str) -> None:
     """Where all three policies are one, nothing is masked and d loss / d logp = -w A / norm."""

@@ -107,7 +107,7 @@ def test_gradients_are_right_on_average():
     assert float(z.std()) > 1.5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 999))
 def test_any_size_is_padded_with_zeros(rows, outputs, inputs, seed):
     x, weight = normal(rows, inputs, seed=seed), normal(outputs, inputs, seed=seed + 1)
@@ -145,7 +145,7 @@ def test_experts_are_rounded_one_by_one():
 # ---- rounding and rotation ----
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 9999), st.floats(1e-20, 1e20))
 def test_stochastic_rounding_takes_neighbours_and_leaves_exact_values(seed, size):
     x = normal(8, 48, seed=seed) * size
@@ -158,7 +158,7 @@ def test_stochastic_rounding_takes_neighbours_and_leaves_exact_values(seed, size
     assert int((places[0] - places[1]).abs().max()) <= 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 9999))
 def test_numbers_that_nvfp4_has_never_move(seed):
     generator = torch.Generator().manual_seed(seed)
