@@ -101,6 +101,8 @@ class RlConfig:
                 "[curriculum] draws tasks again by how often they were solved: say of how many "
                 "with rollout.pool"
             )
+        if self.judge is not None:
+            self._check_judge(self.judge)
         _require_ratio(self.loss.policy)
         _require_domains(self.credit, [domain.name for domain in self.domains])
         compared = self.credit.reward_weight and self.credit.baseline != "none"
@@ -111,8 +113,6 @@ class RlConfig:
                 "compares an episode with others of its task: raise it, or set the baseline to "
                 "'none'"
             )
-        if self.judge is not None:
-            self._check_judge(self.judge)
         form, teachers = self.loss.policy.distillation, self.teachers
         if form == "full" and teachers is None:
             raise ConfigError(
